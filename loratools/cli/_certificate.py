@@ -43,14 +43,16 @@ def report(talk: Talk, tuned: Checkpoint, base: str, adapter: str, **choices: An
 
 def lines(certification: Certification) -> Iterator[str]:
     """Yield the table, the sums, and what the adapter does not hold."""
+    from loratools.surgery.extract.layers import beside_optimum
+
     yield from table(certification.layers)
     yield ""
     sums = certification.total
-    better, lost = max(sums.excess, 0.0), certification.uncovered_energy
+    lost = certification.uncovered_energy
     yield from show.fields(
         ("layers", f"{sums.layers}, {show.exact(sums.parameters)} parameters"),
         ("captured", f"{sums.captured:.2%} of the energy of these layers"),
-        ("error", f"{sums.error:.4g} of the change; factors of the same ranks can be better by {better:.1e} of it"),
+        ("error", f"{sums.error:.4g} of the change; {beside_optimum(sums)}"),
         ("whole", f"{len(certification.whole)} other changed tensors are replaced by the adapter"),
         ("uncovered", f"{len(certification.uncovered)} changed tensors, {lost:.2%} of the whole change"),
         *(("", f"{name}: |dW| = {show.number(norm)}") for name, norm in certification.uncovered[:_MOST]),

@@ -150,8 +150,8 @@ def _run(work: Work, batch: Batch, context: click.Context) -> bool:
         talk.note(*(f"hint: {hint}" for hint in hints))
     other = _OTHER.get(work.argument, "")
     over = f", {exact(passed)} {other}{'s' if passed > 1 else ''} passed over" if passed else ""
-    paths = exact(len(batch.items) + len(batch.unread))
-    talk.note(f"{paths} paths, {exact(failed) if failed else 'none'} failed{over}")
+    count = len(batch.items) + len(batch.unread)
+    talk.note(f"{exact(count)} path{'' if count == 1 else 's'}, {exact(failed) if failed else 'none'} failed{over}")
     return not failed
 
 

@@ -14,6 +14,7 @@ from loratools.cli._group import command as make
 from loratools.cli._ranks import rank_options, ranks_of
 from loratools.cli._shares import crew, part_of
 from loratools.cli._talk import Talk, pass_talk
+from loratools.errors import counted
 
 if TYPE_CHECKING:
     from loratools.adapter.model import Adapter
@@ -123,16 +124,17 @@ def size_of(adapters: Iterable[Adapter]) -> int:
 def lines(combination: Combination, done: str, *, method: bool = True) -> Iterator[str]:
     """Yield what was written and how near it is, with the `method` where there is a choice of one."""
     ranks = sorted({share.rank for share in combination.shares})
+    dropped = combination.dropped
     how = f"method {combination.method}, " if method else ""
     yield from show.fields(
-        (done, f"{combination.output} ({how}{len(combination.shares)} modules)"),
+        (done, f"{combination.output} ({how}{counted(len(combination.shares), 'module')})"),
         ("rank", " to ".join(dict.fromkeys(str(rank) for rank in (ranks[:1] + ranks[-1:]))) or "none"),
         ("parameters", show.exact(combination.parameters)),
         ("error", f"{combination.error:.3g} of the change ({combination.optimum:.3g} is the least at these ranks)"),
         ("digest", combination.digest),
         ("seed", None if combination.seed is None else str(combination.seed)),
-        ("whole", f"{len(combination.replaced)} tensors" if combination.replaced else None),
-        ("left out", f"{len(combination.dropped)} modules, whose change is zero" if combination.dropped else None),
+        ("whole", counted(len(combination.replaced), "tensor") if combination.replaced else None),
+        ("left out", f"{counted(len(dropped), 'module')}, whose change is zero" if dropped else None),
     )
 
 

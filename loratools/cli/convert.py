@@ -14,6 +14,7 @@ from loratools.cli._batch import named_for
 from loratools.cli._group import command as make
 from loratools.cli._talk import Talk, pass_talk
 from loratools.cli._words import UNSEALED
+from loratools.errors import counted
 
 if TYPE_CHECKING:
     from loratools.dialects.peft.profiles import Name
@@ -99,8 +100,9 @@ def _in_a_line(conversion: Conversion) -> str:
     sealed = f", sealed with {base.id or 'its base'}" if base and base.root else ""
     sealed = ", no base hash" if _lacks_hash(conversion) else sealed
     lora = f", relative error {conversion.lora.relative_error:.3g}" if conversion.lora else ""
-    lost = f", {len(conversion.losses)} losses" if conversion.losses else ""
-    return f"wrote {conversion.output} ({conversion.dialect}, {conversion.modules} modules{sealed}{lora}{lost})"
+    lost = f", {counted(len(conversion.losses), 'loss', 'losses')}" if conversion.losses else ""
+    modules = counted(conversion.modules, "module")
+    return f"wrote {conversion.output} ({conversion.dialect}, {modules}{sealed}{lora}{lost})"
 
 
 def _switches(text: str) -> tuple[bool, ...]:
@@ -113,7 +115,7 @@ def _switches(text: str) -> tuple[bool, ...]:
 def _lines(conversion: Conversion) -> Iterator[str]:
     base = conversion.base
     yield from show.fields(
-        ("wrote", f"{conversion.output} ({conversion.dialect}, {conversion.modules} modules)"),
+        ("wrote", f"{conversion.output} ({conversion.dialect}, {counted(conversion.modules, 'module')})"),
         ("digest", conversion.output_digest),
         ("read", conversion.digest if conversion.digest != conversion.output_digest else None),
         ("base", (base.id if base else None) or "not named"),
@@ -127,7 +129,7 @@ def _hash(conversion: Conversion) -> str | None:
     """Return what is said of the base hash; None of a dialect that has no place for one."""
     base = conversion.base
     if base and base.root:
-        return f"{base.root}, and {len(base.tensors)} tensors"
+        return f"{base.root}, and {counted(len(base.tensors), 'tensor')}"
     return f"none, {UNSEALED}" if _lacks_hash(conversion) else None
 
 

@@ -12,6 +12,7 @@ from loratools.cli import _show as show
 from loratools.cli._group import command as make
 from loratools.cli._shares import files_of, files_shared
 from loratools.cli._talk import Talk, pass_talk
+from loratools.errors import counted
 
 if TYPE_CHECKING:
     from loratools.surgery.dequantize import DequantizeReport
@@ -78,6 +79,6 @@ def gathered(report: DequantizeReport) -> show.Report:
         ("dequantized", report.output),
         ("modules", "; ".join(f"{count} of {label}" for label, count in report.schemes.items())),
         ("wrote", f"{show.size(report.bytes_written)}, from {show.size(report.bytes_before)}"),
-        ("verified", None if report.verified is None else f"{report.verified} tensors, root {report.root}"),
+        ("verified", None if report.verified is None else f"{counted(report.verified, 'tensor')}, root {report.root}"),
     )
     return show.Report(show.plain(report), text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,6 +152,8 @@ def _dry(pairing: Pairing, before: Any, after: Any) -> show.Report:
 
 
 def _lines(extraction: Extraction, every: bool, tight: bool) -> Iterator[str]:
+    from loratools.surgery.extract.layers import beside_optimum
+
     layers = [outcome.layer for outcome in extraction.outcomes if outcome.layer]
     if every:
         yield from table(layers)
@@ -165,6 +166,7 @@ def _lines(extraction: Extraction, every: bool, tight: bool) -> Iterator[str]:
     yield ""
     sums, ranks = extraction.total, sorted(outcome.rank for outcome in layers) or [0, 0]
     spread = f"rank {ranks[0]}" if layers and ranks[0] == ranks[-1] else f"ranks {ranks[0]} to {ranks[-1]}"
+    closer = "" if tight else " (--tight gives a closer bound)"
     lost = f"; what was left out is {extraction.dropped:.4g} of it" if extraction.dropped else ""
     wrote = f"{extraction.output}, {show.size(extraction.nbytes)}"
     yield from show.fields(
@@ -173,19 +175,11 @@ def _lines(extraction: Extraction, every: bool, tight: bool) -> Iterator[str]:
         ("change", f"{sums.delta_norm / sums.base_norm:.3%} of the weights they change" if sums.base_norm else "-"),
         ("captured", f"{sums.captured:.2%} of the energy of the factored layers"),
         ("error", f"{extraction.error:.4g} of the whole change{lost}"),
-        ("in factors", f"{sums.error:.4g} of the change in the factored layers; {_beside_optimum(sums, tight)}"),
+        ("in factors", f"{sums.error:.4g} of the change in the factored layers; {beside_optimum(sums, closer)}"),
         ("noise", f"{sums.noise:.2%} of the energy is what rounding to the fine-tune's dtype leaves"),
         ("base hash", extraction.base),
         ("tuned hash", extraction.tuned),
     )  # fmt: skip
-
-
-def _beside_optimum(sums: Any, tight: bool) -> str:
-    if not math.isfinite(sums.excess_bound):
-        return "that is rounding: these ranks can hold all of it"
-    loose = "" if tight else ", a bound that may be far above the truth (--tight lowers it)"
-    lower = f"the optimum is lower by about {sums.excess:.1e} of it"
-    return f"{lower}, certainly by no more than a factor of {1 + sums.excess_bound:.4f}{loose}"
 
 
 def _classes(classes: dict[str, dict[str, list[str]]], missing: tuple[str, ...]) -> Iterator[str]:

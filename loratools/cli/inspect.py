@@ -13,6 +13,7 @@ from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._facts import bounded, entry_lines, fact_lines
 from loratools.cli._group import command as make
+from loratools.errors import counted
 
 if TYPE_CHECKING:
     from loratools.adapter.model import BaseIdentity
@@ -118,8 +119,8 @@ def _adapter_in_a_line(summary: AdapterSummary) -> str:
     base = summary.base
     parts = [
         summary.dialect,
-        f"{kinds} of rank {ranks[0]}{several}, {len(summary.modules)} modules" if ranks else "no modules",
-        f"{len(summary.replacements)} tensors replaced whole" if summary.replacements else "",
+        f"{kinds} of rank {ranks[0]}{several}, {counted(len(summary.modules), 'module')}" if ranks else "no modules",
+        f"{counted(len(summary.replacements), 'tensor')} replaced whole" if summary.replacements else "",
         f"{show.size(summary.total.nbytes)} {' and '.join(summary.dtypes)}",
         f"base {(base.id if base else None) or 'not named'}{', sealed' if base and base.sealed else ''}",
     ]
@@ -137,7 +138,7 @@ def _checkpoint_in_a_line(summary: CheckpointSummary) -> str:
 
 def _adapter(summary: AdapterSummary, modules: bool, metadata: bool) -> Iterator[str]:
     total = summary.total
-    whole = f", and {len(summary.replacements)} tensors replaced whole" if summary.replacements else ""
+    whole = f", and {counted(len(summary.replacements), 'tensor')} replaced whole" if summary.replacements else ""
     yield from show.fields(
         ("adapter", f"{summary.path}"),
         ("dialect", summary.dialect),
@@ -145,7 +146,7 @@ def _adapter(summary: AdapterSummary, modules: bool, metadata: bool) -> Iterator
         ("base model", _base(summary.base)),
         ("modules", f"{len(summary.modules)}{whole}"),
         ("parameters", show.exact(total.parameters)),
-        ("size", f"{show.size(total.nbytes)} in {total.tensors} tensors, {', '.join(summary.dtypes)}"),
+        ("size", f"{show.size(total.nbytes)} in {counted(total.tensors, 'tensor')}, {', '.join(summary.dtypes)}"),
         ("digest", summary.digest or "none stated"),
         ("provenance", [f"{step.operation}, by {step.tool}" for step in summary.provenance] or "none stated"),
         *fact_lines(summary.facts, base=not summary.base),
@@ -186,7 +187,7 @@ def _checkpoint(summary: CheckpointSummary, modules: bool, metadata: bool) -> It
         *_codes(summary.codes),
         ("made from", summary.parent or (summary.codes.parent or "not stated" if summary.codes else None)),
         ("parameters", show.exact(summary.codes.parameters if summary.codes else summary.total.parameters)),
-        ("size", f"{show.size(summary.total.nbytes)} in {summary.total.tensors} tensors"),
+        ("size", f"{show.size(summary.total.nbytes)} in {counted(summary.total.tensors, 'tensor')}"),
         ("schema hash", summary.schema),
         ("provenance", _made(summary.record)),
     )
@@ -222,7 +223,10 @@ def _codes(codes: Quantization | None) -> Iterator[tuple[str, str | list[str] | 
         return
     yield (
         "codes",
-        [f"{each.modules} modules: {each.scheme}, {each.label}: {_few(each.targets)}" for each in codes.schemes],
+        [
+            f"{counted(each.modules, 'module')}: {each.scheme}, {each.label}: {_few(each.targets)}"
+            for each in codes.schemes
+        ],
     )
     yield "plain", _few(codes.plain) or "none"
 

@@ -12,6 +12,7 @@ from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._group import command as make
 from loratools.cli._talk import Talk, pass_talk
+from loratools.errors import counted
 
 if TYPE_CHECKING:
     from loratools.hub.push import Push
@@ -90,8 +91,8 @@ def _report(prepared: Push, done: Committed) -> Iterator[str]:
         yield f"{done.url}: everything is there already; no commit was made"
         return
     yield from show.fields(
-        ("pushed", f"{len(prepared.send)} files, {show.size(prepared.nbytes)}"),
-        ("already there", f"{len(prepared.unchanged)} files"),
+        ("pushed", f"{counted(len(prepared.send), 'file')}, {show.size(prepared.nbytes)}"),
+        ("already there", counted(len(prepared.unchanged), "file")),
         ("commit", f"{done.commit}"),
         ("at", done.pull_request or done.url),
     )

@@ -15,6 +15,7 @@ from loratools.cli._group import command as make
 from loratools.cli._ranks import rank_options, ranks_of
 from loratools.cli._shares import crew, part_of
 from loratools.cli._talk import Talk, pass_talk
+from loratools.errors import counted
 
 if TYPE_CHECKING:
     from loratools.storage.dtypes import FloatName
@@ -101,6 +102,7 @@ def gathered(resized: Combination, *, modules: bool = False) -> show.Report:
     """Return the report of a resize, in one process or of parts; with `modules` what each of them keeps."""
     from loratools.cli.combine import lines, table
 
-    line = f"wrote {resized.output} ({len(resized.shares)} modules, error {resized.error:.3g} of the change)"
+    changed = counted(len(resized.shares), "module")
+    line = f"wrote {resized.output} ({changed}, error {resized.error:.3g} of the change)"
     kept = table(resized) if modules else ()
     return show.Report(show.plain(resized), [*lines(resized, "resized", method=False), *kept], line=line)

@@ -18,6 +18,7 @@ from loratools.errors import counted
 
 _UNSEALED = "L-03"
 """The clause of what has no manifest: an adapter of another dialect, which nothing is wrong with."""
+_NOT_SEALED = "not sealed in this format"
 
 if TYPE_CHECKING:
     from loratools.storage.checkpoint import Checkpoint
@@ -64,14 +65,21 @@ def _opened(base: str) -> Checkpoint:
     return Checkpoint.open(base)
 
 
+def _unsealed(validation: Validation) -> bool:
+    return [problem.clause for problem in validation.report.problems] == [_UNSEALED]
+
+
 def _in_a_line(validation: Validation) -> str:
     report = validation.report
     if broken := [*map(str, report.problems), *(f"[base] {each}" for each in validation.differences or ())]:
+        if _unsealed(validation):
+            return f"{_NOT_SEALED}: it has no loratools manifest [{_UNSEALED}]"
         more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         return f"not valid: {broken[0]}{more}"
     base = "" if validation.differences is None else ", sealed with this base"
     base = base if validation.sealed else ", no base hash"
-    return f"valid, format {report.format_version}, {report.modules} modules, {len(report.clauses)} clauses{base}"
+    modules, clauses = counted(report.modules, "module"), counted(len(report.clauses), "clause")
+    return f"valid, format {report.format_version}, {modules}, {clauses}{base}"
 
 
 def _lines(adapter: str, base: str | None, validation: Validation) -> Iterator[str]:
@@ -80,14 +88,13 @@ def _lines(adapter: str, base: str | None, validation: Validation) -> Iterator[s
     for difference in validation.differences or ():
         yield f"[base] {difference}"
     if report.problems:
-        unsealed = [problem.clause for problem in report.problems] == [_UNSEALED]
-        seal = f"not sealed in this format; to seal it: loratools convert {quote(adapter)} -o OUTPUT"
+        seal = f"{_NOT_SEALED}; to seal it: loratools convert {quote(adapter)} -o OUTPUT"
         broken = f"not valid: {counted(len(report.problems), 'problem')}"
-        yield f"{adapter}: {seal if unsealed else broken}"
+        yield f"{adapter}: {seal if _unsealed(validation) else broken}"
         return
     yield (
-        f"{adapter}: valid, format {report.format_version}: {report.modules} modules, {report.tensors} tensors, "
-        f"{len(report.clauses)} clauses checked"
+        f"{adapter}: valid, format {report.format_version}: {counted(report.modules, 'module')}, "
+        f"{counted(report.tensors, 'tensor')}, {counted(len(report.clauses), 'clause')} checked"
     )
     if not base and not validation.sealed:
         yield f"{adapter}: no base hash, {UNSEALED}"

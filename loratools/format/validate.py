@@ -141,7 +141,7 @@ def _open(path: Path, header: Header | None = None) -> Subject:
     except BadFile as error:
         if not path.is_file():
             raise
-        raise _Refused(clause_of(path), path.name, error.line) from None
+        raise _Refused(clause_of(path), path.name, error.line.removeprefix(f"{path}: ")) from None
     text = header.metadata.get(manifest.METADATA_KEY)
     if text is None:
         raise _Refused("L-03", path.name, "no loratools manifest: the adapter is not sealed in this format")
@@ -160,7 +160,8 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
     try:
         document = parse_json_object(text.encode(), path)
     except BadFile as error:
-        raise _Refused("M-01", path.name, f"the manifest is not a JSON object: {error}") from None
+        why = error.line.removeprefix(f"{path}: ")
+        raise _Refused("M-01", path.name, f"the manifest is not a JSON object: {why}") from None
     level: list[Any] = [document]
     for _ in range(fields.MAX_DEPTH):
         if not level:
@@ -187,4 +188,4 @@ def _config(path: Path) -> Mapping[str, Any]:
     try:
         return read_json(path, strict=True, most=MAX_CONFIG)
     except BadFile as error:
-        raise _Refused("L-05", path.name, error.line) from None
+        raise _Refused("L-05", path.name, error.line.removeprefix(f"{path}: ")) from None

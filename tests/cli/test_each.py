@@ -88,7 +88,10 @@ def test_valid_and_not(spoken: Spoken, library: Path) -> None:
     code, out, err = spoken("validate", "--each", "library")
     assert code == 1
     assert out[-2].startswith("library/run: valid, format 1.")
-    assert [line for line in out if "not valid: [" in line] == out[:-2]
+    broken = "not valid: [S-01] broken.safetensors: not a safetensors file, or truncated: "
+    assert [line for line in out if line.startswith(f"library/broken.safetensors: {broken}")] == [out[0]]
+    assert out[1] == "library/plain: not sealed in this format: it has no loratools manifest [L-03]"
+    assert len(out) == 4
     assert err == ["4 paths, 2 failed"]
     assert spoken("validate", "library/run", "sealed", "-q")[::2] == (0, [])
 

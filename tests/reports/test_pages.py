@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from statistics import median
 
@@ -184,6 +185,13 @@ def test_an_extraction_has_its_certificate(work: Path) -> None:
     reading = Reading.of((work / "anew.html").read_text(encoding="utf-8"))
     certified = certify(work / "tuned", work / "base", work / "extracted")
     assert reading.facts["error"] == number(certified.total.error)
+    for each, sums, closer in ((page, made.total, True), (anew, certified.total, False)):
+        least = f"{sums.error / (1 + sums.excess_bound):.4g}"
+        assert f"Its error is {sums.error:.4g} of ‖ΔW‖: the best factors of these ranks would leave " in each.lead
+        assert re.search(r"and none leave less than ([0-9.]*[0-9])", each.lead)[1] == least  # type: ignore[index]
+        assert ("--tight" in each.lead) is closer
+    extract(work / "base", work / "tuned", work / "tight", 3, tight=True)
+    assert "--tight" not in report(work / "tight", work / "tight.html").lead
     assert "Beside the optimum" in reading.headings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.compact import compact
@@ -17,7 +18,7 @@ from loratools.reports.scale import Scale
 from loratools.reports.subjects import Subjects
 from loratools.surgery.extract.assemble import CLASSES
 from loratools.surgery.extract.certify import Certification, certify
-from loratools.surgery.extract.layers import Layer, Total, total
+from loratools.surgery.extract.layers import Layer, beside_optimum, total
 from loratools.surgery.spectrum import spectrum
 
 NEEDS = "one adapter that extract-svd made; with its fine-tune and --base it is measured anew"
@@ -46,7 +47,7 @@ def page(subjects: Subjects) -> Page:
         ("layers", whole(sums.layers)),
         ("rank", _facts.spread(sorted({float(layer.rank) for layer in layers}))),
         ("change ‖ΔW‖ / ‖W‖", percent(sums.delta_norm / sums.base_norm) if sums.base_norm else "none"),
-        ("of it rounding", percent(sums.noise)),
+        ("rounding's share of it", percent(sums.noise)),
         ("parameters", whole(summary.total.parameters)),
         ("size", f"{size(summary.total.nbytes)}, {', '.join(summary.dtypes)}"),
         ("base model", _facts.base_of(summary.base)),
@@ -54,18 +55,15 @@ def page(subjects: Subjects) -> Page:
          "by extract-svd, when it made the adapter"),
         ("made by", _facts.made_by(summary.provenance)),
     ]  # fmt: skip
-    measured = spectrum(subject.adapter)
+    measured = spectrum(replace(subject.adapter, replacements={}))  # which have no spectrum, and need no warning
     _, use, smaller = list(_strength.sections(measured))[:3]
     sections = [_classes(subject.adapter, stated), _kept(layers), _change(layers), *_beside(anew), use, smaller]
-    lead = f"{percent(sums.captured)} of the change of {plural(sums.layers, 'layer')} is in it; {_optimum(sums)}"
+    closer = " (extract-svd --tight proves a closer bound)" if not anew and stated.get("tight") is not True else ""
+    lead = (
+        f"It holds {percent(sums.captured)} of the change ‖ΔW‖² of {plural(sums.layers, 'layer')}. "
+        f"Its error is {sums.error:.4g} of ‖ΔW‖: {beside_optimum(sums, closer)}."
+    )
     return Page("Adapter extracted from a fine-tune", subject.name, lead, facts, sections)
-
-
-def _optimum(sums: Total) -> str:
-    if not math.isfinite(sums.excess_bound):
-        return "what is missing is rounding."
-    near, certain = (percent(max(share, 0.0)) for share in (sums.excess, sums.excess_bound))
-    return f"the best factors of these ranks would have an error smaller by about {near}, certainly not by {certain}."
 
 
 def _classes(adapter: Adapter, stated: Mapping[str, object]) -> Section:
@@ -91,7 +89,7 @@ def _classes(adapter: Adapter, stated: Mapping[str, object]) -> Section:
         "Tensors by class", bars.draw(), "Every tensor of the fine-tune is in exactly one class.",
         Table(["class", "tensors"], [[words.get(name, name), whole(count)] for name, count in counted.items()]),
     )  # fmt: skip
-    text = f"What became of every tensor of the fine-tune, and what the adapter holds of it.{dropped}"
+    text = f"How many tensors of the fine-tune the adapter holds, in which form, and which.{dropped}"
     return Section(
         "What became of every tensor", text, [figure] if counted else [],
         Table(["tensors in the adapter", "class"], [*rows[:_SHOWN], *more], 2),

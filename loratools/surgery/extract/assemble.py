@@ -207,7 +207,7 @@ def _step(
         "dtype": options.stored, "tolerance": options.tolerance,
         "tensors": counts | {"missing": len(pairing.missing)},
         "error": float(f"{error:.6g}"), "dropped": float(f"{dropped:.6g}"),
-        "certificate": to_json(layers),
+        "certificate": to_json(layers), **({"tight": True} if options.tight else {}),
     } | ({DEVICE: on} if (on := described(options.computes_on)) else {})  # fmt: skip
     inputs: tuple[Mapping[str, Any], ...] = ({"digest": identity.root}, {"digest": tuned_root})
     return Step("extract-svd", TOOL, parameters, inputs, options.seed)

@@ -84,6 +84,26 @@ def total(layers: Iterable[Layer]) -> Total:
     )  # fmt: skip
 
 
+def beside_optimum(sums: Total, hint: str = "") -> str:
+    """Say in words what the best factors of the same ranks would leave, error/(1 + excess), and the proved least.
+
+    `hint` is added where the bound on that least is not close to the error: how to have a closer one.
+
+    Example:
+        >>> beside_optimum(Total(1, 8, 1.0, 0.1, 0.75, 0.5, 0.25, 1.0, 0.0))
+        'the best factors of these ranks would leave about 0.4, and none leave less than 0.25'
+    """
+    near, least = (sums.error / (1 + max(excess, 0.0)) for excess in (sums.excess, sums.excess_bound))
+    shown, about, bound = (f"{error:.4g}" for error in (sums.error, near, least))
+    if near == 0:
+        return "that is rounding, for factors of these ranks can hold all of it" if sums.error else "nothing is missing"
+    if bound == shown:
+        return "no factors of these ranks leave less"
+    found = "about as much" if about == shown else f"about {about}"
+    lower = f"and none leave less than {bound}" if least else "and how much less is possible is not proved"
+    return f"the best factors of these ranks would leave {found}, {lower}{hint}"
+
+
 def to_json(layers: Iterable[Layer]) -> dict[str, Any]:
     """Return the certificate as the provenance keeps it: one row of numbers for each module, six digits."""
     columns = [field.name for field in fields(Layer) if field.name != "module"]

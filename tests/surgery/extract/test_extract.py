@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from loratools.errors import BadFile, IncompatibleAdapter, LoraToolsError, Outpu
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.linalg.ranks.rules import Energy, Fixed, Ratio
 from loratools.surgery.extract import Extraction, extract
+from loratools.surgery.extract.layers import Total, beside_optimum
 from tests.conftest import clean_env
 from tests.make import fp8, tiny
 from tests.surgery.finetunes import H, llama, moved, optimum, pair
@@ -96,6 +99,39 @@ def test_tight_bounds_are_true_and_tighter(models: tuple[Path, Path], tmp_path: 
         assert one.layer is not None
         best = optimum(deltas(models)[one.pair.path], 12) / one.layer.delta_norm
         assert one.layer.error / (1 + one.layer.excess_bound) <= best * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("tight", [False, True])
+def test_words_have_the_errors_that_are_proved(models: tuple[Path, Path], tmp_path: Path, tight: bool) -> None:
+    sums = extract(*models, tmp_path / "out", Ranks(Fixed(12)), dtype="F16", tight=tight).total
+    D = deltas(models)
+    best = (
+        sum(optimum(one, 12) ** 2 for one in D.values()) / sum(float(one.square().sum()) for one in D.values())
+    ) ** 0.5
+    words = beside_optimum(sums, " (how)")
+    assert words.startswith("the best factors of these ranks would leave about ")
+    found = re.fullmatch(r".* leave about ([0-9.]+|as much), and none leave less than ([0-9.]+) \(how\)", words)
+    assert found
+    near, least = sums.error if found[1] == "as much" else float(found[1]), float(found[2])
+    assert near == pytest.approx(best, rel=1e-3)
+    assert least <= best * 1.0001
+    assert least > best * (0.99 if tight else 0.5)
+
+
+@pytest.mark.parametrize(
+    ("error", "excess", "bound", "words"),
+    [
+        (0.0, 0.0, 0.0, "nothing is missing"),
+        (0.01, math.inf, math.inf, "that is rounding, for factors of these ranks can hold all of it"),
+        (0.5, 1e-6, 1e-6, "no factors of these ranks leave less"),
+        (0.5, 1e-6, 1.0, "the best factors of these ranks would leave about as much, and none leave less than 0.25!"),
+        (0.5, 0.25, 0.637, "the best factors of these ranks would leave about 0.4, and none leave less than 0.3054!"),
+        (0.5, 0.25, math.inf,
+         "the best factors of these ranks would leave about 0.4, and how much less is possible is not proved!"),
+    ],
+)  # fmt: skip
+def test_what_is_said_beside_an_error(error: float, excess: float, bound: float, words: str) -> None:
+    assert beside_optimum(Total(1, 8, 1.0, 0.1, 1 - error**2, error, excess, bound, 0.0), "!") == words
 
 
 def test_total_is_the_sum_of_the_layers(models: tuple[Path, Path], tmp_path: Path) -> None:
