@@ -88,7 +88,7 @@ def test_valid_and_not(spoken: Spoken, library: Path) -> None:
     code, out, err = spoken("validate", "--each", "library")
     assert code == 1
     assert out[-2].startswith("library/run: valid, format 1.")
-    broken = "not valid: [S-01] broken.safetensors: not a safetensors file, or truncated: "
+    broken = "not valid: [S-01] broken.safetensors: not a safetensors file but a text, "
     assert [line for line in out if line.startswith(f"library/broken.safetensors: {broken}")] == [out[0]]
     assert out[1] == "library/plain: not sealed in this format: it has no loratools manifest [L-03]"
     assert len(out) == 4
@@ -212,7 +212,7 @@ def test_outputs_of_files_have_the_endings_of_the_dialect(spoken: Spoken, workpl
     code, _, _ = spoken("convert", "adapter", "-o", "files/a.safetensors", "--to", "kohya", "--allow-loss")
     assert code == 0
     code, out, err = spoken("convert", "--each", "files", "-o", "pefts", "--to", "peft", "--base", "base")
-    assert (code, err) == (0, ["1 paths, none failed"])
+    assert (code, err) == (0, ["1 path, none failed"])
     assert (workplace / "pefts" / "a" / "adapter_config.json").is_file()
     assert Path(named_for("x/a.gguf", "loratools")) == Path("x/a.safetensors")
     code, out, err = spoken("resize", "--each", "pefts", "adapter", "--rank", "2", "-o", "small")
