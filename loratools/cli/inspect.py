@@ -179,10 +179,11 @@ def _adapter(summary: AdapterSummary, modules: bool, metadata: bool) -> Iterator
 
 def _checkpoint(summary: CheckpointSummary, modules: bool, metadata: bool) -> Iterator[str]:
     tied = ", tied embeddings" if summary.tied else ""
+    parts = [f"{name} ({summary.classes[name]})" if name in summary.classes else name for name in summary.components]
     yield from show.fields(
         ("model", f"{summary.path}"),
         ("architecture", f"{summary.architecture or 'not stated'}{tied}"),
-        ("components", ", ".join(summary.components) or None),
+        ("components", ", ".join(parts) or None),
         ("quantization", summary.quantization or None),
         *_codes(summary.codes),
         ("made from", summary.parent or (summary.codes.parent or "not stated" if summary.codes else None)),

@@ -84,7 +84,7 @@ def checkpoint_section(summary: CheckpointSummary, repo: str, base_model: str | 
     lines = ["## The model", "", *_table(("", ""), rows)]
     if file:
         lines += ["", "## How to load it", "", *_of_file(summary, repo, file)]
-    elif not summary.components:
+    elif not (summary.components or summary.classes):
         load = "AutoModelForCausalLM" if _is_causal(summary) else "AutoModel"
         loading = _block("python", f"from transformers import {load}", "", f'model = {load}.from_pretrained("{repo}")')
         lines += ["", "## How to load it", "", *loading]
@@ -93,7 +93,7 @@ def checkpoint_section(summary: CheckpointSummary, repo: str, base_model: str | 
 
 def _library(summary: CheckpointSummary) -> str | None:
     """Return the library that loads a model, as the Hub calls it; None where that is left to its files."""
-    if summary.components:
+    if summary.components or summary.classes:
         return "diffusers"
     if _is_gguf(summary):
         return None

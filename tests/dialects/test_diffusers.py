@@ -67,7 +67,10 @@ def test_older_spellings(tmp_path: Path) -> None:
     for seed, last in enumerate(order):
         module = f"{CLIP if 'proj' in last else UNET}.{last}"
         expect(adapter, module, seed, scalings.get(module, 1.0))
-    (warning,) = warnings
+    unread, warning = warnings
+    assert unread.startswith(
+        f"{path}: the scale of {UNET}.to_q, {UNET}.to_v is that of its tensors of alpha; diffusers"
+    )
     assert warning.startswith(f"{path}: the file records no scale for {CLIP}.out_proj, {CLIP}.q_proj")
     assert warning.endswith("and 2 more; 1 is applied, as loaders do")
     assert dialects.open_adapter(tmp_path).updates.keys() == adapter.updates.keys()
@@ -229,3 +232,61 @@ def test_a_file_of_an_older_script_has_the_scale_that_diffusers_applies(tmp_path
     module = next(module for module in wanted if module.endswith("to_out.0"))
     torch.testing.assert_close(adapter.updates[module].delta_weight() * 2.5, wanted[module], rtol=1e-6, atol=1e-6)
     assert "records no scale" in warnings[0]
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("given", [[2.0], [2.0, 3.0, 3.0], [3.0, 3.0, None], [None, 5.0, 2.0, 5.0]])
+@pytest.mark.parametrize("old", [False, True])
+def test_alphas_of_a_transformer_are_those_that_diffusers_applies(
+    tmp_path: Path, given: list[float | None], old: bool
+) -> None:
+    from tests.dialects import pipelines
+
+    _, layers, _ = trained("flux")
+    tensors = {
+        f"transformer.{name}".replace(".lora_A.", ".lora.down." if old else ".lora_A.").replace(
+            ".lora_B.", ".lora.up." if old else ".lora_B."
+        ): value.contiguous()
+        for name, value in layers["transformer_lora_layers"].items()
+    }
+    modules = sorted({name.removeprefix("transformer.").partition(".lora")[0] for name in tensors})
+    stated = {f"transformer.{module}.alpha": given[i % len(given)] for i, module in enumerate(modules)}
+    tensors |= {name: torch.tensor(alpha) for name, alpha in stated.items() if alpha is not None}
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapter, warnings = opened(tmp_path / "a.safetensors")
+    compare(dense(adapter), pipelines.loaded("flux", tmp_path / "a.safetensors"))
+    assert [text for text in warnings if "is taken, that of most others, as diffusers does" in text] == (
+        warnings if None in given else []
+    )
+    usual = max({alpha for alpha in given if alpha}, key=given.count)
+    wanted = {name.removesuffix(".alpha"): (alpha or usual) / 4 for name, alpha in stated.items()}
+    assert {module: update.scaling for module, update in adapter.updates.items()} == wanted
+    dialects.save_adapter(adapter, tmp_path / "b", dialect="diffusers")
+    compare(pipelines.loaded("flux", tmp_path / "b"), dense(adapter))
+
+
+@pytest.mark.interop
+@pytest.mark.filterwarnings("ignore")
+def test_of_a_unet_diffusers_reads_no_alphas_and_that_is_said(tmp_path: Path) -> None:
+    from tests.dialects import pipelines
+
+    _, layers, _ = trained("attention")
+    tensors = {
+        f"unet.{name}".replace(".lora_A.", ".lora.down.").replace(".lora_B.", ".lora.up."): value.contiguous()
+        for name, value in layers["unet_lora_layers"].items()
+    }
+    for ending in (".lora.alpha", ".alpha"):
+        modules = {name.partition(".lora")[0] for name in tensors if "alpha" not in name}
+        save_file(tensors | {f"{module}{ending}": torch.tensor(2.0) for module in modules}, tmp_path / "a.safetensors")
+        adapter, warnings = opened(tmp_path / "a.safetensors")
+        assert {update.scaling for update in adapter.updates.values()} == {0.5}
+        assert "diffusers applies 1 or refuses the file, for it reads no alphas of a unet" in "".join(warnings)
+        if ending == ".alpha":
+            with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
+                pipelines.loaded("sd", tmp_path / "a.safetensors")
+        else:
+            found = pipelines.loaded("sd", tmp_path / "a.safetensors")
+            compare({module: delta * 0.5 for module, delta in found.items()}, dense(adapter))
+        dialects.save_adapter(adapter, tmp_path / f"b{ending}", dialect="diffusers")
+        compare(pipelines.loaded("sd", tmp_path / f"b{ending}"), dense(adapter))

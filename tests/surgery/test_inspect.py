@@ -199,6 +199,33 @@ def test_pipeline_components_are_prefixes(tmp_path: Path) -> None:
     assert list(found.shards) == ["unet/diffusion_pytorch_model.safetensors"]
 
 
+def test_a_pipeline_and_its_components_say_what_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
+             "text_encoder": ["transformers", "CLIPTextModel"], "vae": ["diffusers", "AutoencoderKL"]}  # fmt: skip
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    stated = {"unet": {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.30.0"}, "vae": {},
+              "text_encoder": {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}}  # fmt: skip
+    for name, config in stated.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        file = "model.safetensors" if name == "text_encoder" else "diffusion_pytorch_model.safetensors"
+        save_file({"w": torch.zeros(2, 3)}, tmp_path / name / file)
+    found = checkpoint(tmp_path)
+    assert found.architecture == "StableDiffusionPipeline"
+    assert found.classes == {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel"}
+    assert run(["inspect", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "architecture  StableDiffusionPipeline\n" in said
+    assert "components    unet (UNet2DConditionModel), text_encoder (CLIPTextModel), vae\n" in said
+    assert run(["inspect", str(tmp_path), str(tmp_path / "unet"), str(tmp_path / "text_encoder")]) == 0
+    lines = [line.partition(": model, ")[2].partition(",")[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["StableDiffusionPipeline", "UNet2DConditionModel", "CLIPTextModel"]
+    assert checkpoint(tmp_path / "unet").classes == {"": "UNet2DConditionModel"}
+    assert checkpoint(tmp_path / "text_encoder").classes == {}
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": None}))
+    assert checkpoint(tmp_path).architecture is None
+
+
 def test_the_record_of_a_merge_is_passed_on(workplace: Path) -> None:
     assert checkpoint(workplace / "base").record is None
     record = {"operation": "merge", "tool": "loratools 0.1.0", "adapters": [{"weight": 0.5}]}

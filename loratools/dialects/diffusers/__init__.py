@@ -4,7 +4,8 @@
 
 The header's `lora_adapter_metadata` is a JSON object of each component's LoraConfig, `unet.r`, `unet.lora_alpha`, …
 Files without it (all before 2025, and most since) have lost their scale: diffusers applies 1.0, or alpha/r where there
-are tensors `….alpha`. Reading knows every spelling of names since 2023, writing uses the current one.
+are tensors `….alpha` of a transformer; a module without one has that of most others. Of a UNet it reads none, and here
+alpha/r is taken, with a warning. Reading knows every spelling of names since 2023, writing uses the current one.
 
     files   what is read and written
 """

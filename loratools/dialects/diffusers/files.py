@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from loratools.adapter.naming.image.components import MODEL_LEVEL, component, in
 from loratools.adapter.parts import BIAS, MAGNITUDE, A, B
 from loratools.decisions import warned
 from loratools.dialects._frame import alphas
-from loratools.dialects._frame.build import Draft
+from loratools.dialects._frame.build import Draft, some
 from loratools.dialects._frame.listing import Evidence, Listing
 from loratools.dialects._frame.losses import common_losses, left, update_losses, without
 from loratools.dialects._frame.metadata import carried, settings_with
@@ -31,6 +31,7 @@ from loratools.storage.strict_json import parse_json_object
 _STEM = "pytorch_lora_weights"
 _KEY = "lora_adapter_metadata"
 _ALPHA_PART = "alpha"
+_TRANSFORMER = "transformer"
 
 _DOWN_UP = {"down": "lora_A.weight", "up": "lora_B.weight"}
 # Attention processors of 2023 had the projection in the parameter's name, and CLIP's projections had the UNet's names.
@@ -90,6 +91,7 @@ def read(listing: Listing) -> Adapter:
     configs = _configs(listing, name, {component(module) for module in draft.groups})
     header = listing.header(name)
     configured = frozenset(module for module in draft.groups if component(module) in configs)
+    _usual(draft, configured)
     alphas.fill(draft, header.metadata if header else {}, apart=configured)
 
     def rule(module: str, rank: int) -> tuple[float, float]:
@@ -104,6 +106,33 @@ def read(listing: Listing) -> Adapter:
     settings = settings_with(header.metadata if header else {}, lambda key: key not in (_KEY, "format"))
     base = next((config.base for config in configs.values() if config.base), None)
     return Adapter(updates, base=base, dialect="diffusers", settings=settings)
+
+
+def _usual(draft: Draft, configured: frozenset[str]) -> None:
+    """Give a transformer's modules without alpha the one that most of its others have, as diffusers does; say so.
+
+    Of a UNet or a text encoder diffusers reads no alphas: it refuses the file, or applies 1. Those are told.
+    """
+    found = {module: alpha for module, alpha in draft.alphas.items() if module not in configured}
+    if draft.alpha is not None or not found:
+        return
+    unread = sorted(module for module in found if component(module) not in ("", _TRANSFORMER))
+    if unread:
+        warned(
+            "%s: the scale of %s is that of its tensors of alpha; diffusers applies 1 or refuses the file, for it "
+            "reads no alphas of a %s under these names", draft.path, some(unread), component(unread[0]),
+        )  # fmt: skip
+    known = [alpha for module, alpha in found.items() if component(module) == _TRANSFORMER]
+    missing = sorted(
+        module for module in draft.groups.keys() - draft.alphas.keys() - configured if component(module) == _TRANSFORMER
+    )
+    if known and missing:
+        alpha = Counter(known).most_common()[0][0]
+        draft.alphas |= dict.fromkeys(missing, alpha)
+        warned(
+            "%s: no tensor holds the alpha of %s; %g is taken, that of most others, as diffusers does",
+            draft.path, some(missing), alpha,
+        )  # fmt: skip
 
 
 def losses(adapter: Adapter) -> list[Loss]:

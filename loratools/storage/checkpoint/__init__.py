@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 MAX_FILES, _SHOWN = 10_000, 200
 """Files that one index may list, of which the largest models have some hundred; and its problems that are shown."""
 
+PIPELINE = "model_index.json"
+"""The file by which a folder is a diffusers pipeline; it says which."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
@@ -72,7 +75,7 @@ class Checkpoint:
         name that is in two files, and a folder that holds no weights. All problems are listed at once.
         """
         path = local(path, "checkpoint")
-        pipeline = path / "model_index.json"
+        pipeline = path / PIPELINE
         try:
             if path.is_dir():
                 refuse_outside([pipeline], path)

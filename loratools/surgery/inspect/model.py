@@ -21,9 +21,11 @@ class CheckpointSummary:
 
     `architecture`, `model_type` and `quantization` are what its config.json says, or the fields and types of a GGUF
     file, or `modelspec.architecture` in the header of a safetensors file, None where these are silent; `tied` is too,
-    or what its class does by default; `parent` is the model that a GGUF file says it was made from. `record` is what
-    loratools.json says of the merge that it came out of. `codes` says how a quantized model is, module by module; None
-    for any other. `entries` are those of its files' headers.
+    or what its class does by default. Of a diffusers pipeline `architecture` is the class in its model_index.json, and
+    `classes` maps each component to that in its own config.json; that of a component by itself stands under "".
+    `parent` is the model that a GGUF file says it was made from. `record` is what loratools.json says of the merge that
+    it came out of. `codes` says how a quantized model is, module by module; None for any other. `entries` are those of
+    its files' headers.
     """
 
     path: str
@@ -42,6 +44,7 @@ class CheckpointSummary:
     type: str = "checkpoint"
     parent: str | None = None
     entries: Mapping[str, str] = field(default_factory=dict, repr=False)
+    classes: Mapping[str, str] = field(default_factory=dict)
 
 
 def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSummary:
@@ -51,15 +54,14 @@ def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSum
 
     checkpoint.tell_unread()
     config, specs = checkpoint.config, checkpoint.specs
-    architectures, model_type = config.get("architectures"), config.get("model_type")
+    model_type = config.get("model_type")
     record = read(checkpoint) or None
     entries = {key: text for shard in checkpoint.shards for key, text in shard.metadata.items()}
     tied, in_gguf = _tied(checkpoint), config.get("gguf") or {}
     return CheckpointSummary(
         path=str(path), components=checkpoint.components, schema=checkpoint.schema(), record=record,
-        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else in_gguf.get(
-            "architecture", entries.get("modelspec.architecture")
-        ),
+        architecture=_class_of(_pipeline(checkpoint) or config)
+        or in_gguf.get("architecture", entries.get("modelspec.architecture")),
         model_type=model_type if isinstance(model_type, str) else None,
         tied=tied, quantization=stated_codes(config) or gguf_codes(specs), parent=in_gguf.get("parent"),
         total=amount_of(specs.values()), dtypes=by_dtype(specs.values()),
@@ -69,7 +71,28 @@ def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSum
         },
         tensors=tuple(summary_of(name, specs[name]) for name in sorted(specs, key=natural)),
         codes=quantization(checkpoint, record), entries=entries,
+        classes={name: found for name, each in _parts(checkpoint).items() if (found := _class_of(each))},
     )  # fmt: skip
+
+
+def _pipeline(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Return the model_index.json of a diffusers pipeline, {} for any other model."""
+    from loratools.storage.checkpoint import PIPELINE
+    from loratools.storage.strict_json import read_json
+
+    return read_json(checkpoint.root / PIPELINE) if checkpoint.components else {}
+
+
+def _parts(checkpoint: Checkpoint) -> Mapping[str, Mapping[str, Any]]:
+    """Return the configs of what diffusers loads, by component: those of a pipeline, or that of one by itself."""
+    return checkpoint.configs or ({"": checkpoint.config} if "_class_name" in checkpoint.config else {})
+
+
+def _class_of(config: Mapping[str, Any]) -> str | None:
+    """Return the class that a config states: `architectures` is transformers' word, `_class_name` diffusers'."""
+    names = config.get("architectures")
+    stated = names[0] if isinstance(names, list) and names else config.get("_class_name")
+    return None if stated in (None, "") else str(stated)
 
 
 def _tied(checkpoint: Checkpoint) -> bool | None:
