@@ -174,8 +174,8 @@ def extract(
     base.tell_unread()
     tuned.tell_unread()
     coded = refuse_other_codes(base, tuned)
-    base, tuned = apart(base, tuned, selection or Selection())
-    pairing = pair(base, tuned, selection or Selection())
+    base, tuned, selection = apart(base, tuned, selection or Selection())
+    pairing = pair(base, tuned, selection)
     _tell_quantized(base, tuned, pairing)
     planned = Counter(pair.plan for pair in pairing.pairs)
     decided("%s beside %s: %s if they differ; sketches of seed %d, tolerance %g", tuned.path, base.path,
@@ -219,8 +219,7 @@ def extract(
 
 def plan(base: ModelSource, tuned: ModelSource, selection: Selection | None = None) -> Pairing:
     """Return what would become of every tensor if it had changed, from headers alone; parameters as of `extract`."""
-    selection = selection or Selection()
-    return pair(*apart(logical(open_model(base)), logical(open_model(tuned)), selection), selection)
+    return pair(*apart(logical(open_model(base)), logical(open_model(tuned)), selection or Selection()))
 
 
 def _named(base: Checkpoint, tuned: Checkpoint) -> tuple[str | None, str | None]:

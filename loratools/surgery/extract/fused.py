@@ -20,10 +20,11 @@ from loratools.storage.header import TensorSpec
 _FUSED = "in_proj_weight"
 
 
-def apart(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> tuple[Checkpoint, Checkpoint]:
+def apart(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> tuple[Checkpoint, Checkpoint, Selection]:
     """Return views of both models in which q, k and v of OpenCLIP's layers are tensors of their own, to be factored.
 
-    What is dropped or saved whole by the name of the fused tensor, or of a part of it, stays in one.
+    What is dropped or saved whole by the name of the fused tensor, or of a part of it, stays in one. The selection that
+    comes back includes the three parts where it included the fused tensor by its name.
     """
 
     def is_factored(name: str) -> bool:
@@ -33,7 +34,21 @@ def apart(base: Checkpoint, tuned: Checkpoint, selection: Selection) -> tuple[Ch
         return "linear" in selection.kinds and not named and not excluded
 
     names = {name for name in tuned.specs if _is_fused(name, base, tuned) and is_factored(name)}
-    return (_view(base, names), _view(tuned, names)) if names else (base, tuned)
+    if not names:
+        return base, tuned, selection
+    views = _view(base, names), _view(tuned, names)
+    return *views, _included(selection, names, views[1].specs)
+
+
+def _included(selection: Selection, names: Collection[str], others: Collection[str]) -> Selection:
+    """Return a selection whose patterns that name a fused tensor name its parts; `others` are all names there are."""
+    named = {pattern: [name for name in names if matches(pattern, name)] for pattern in selection.include}
+    include: list[str] = []
+    for pattern, found in named.items():
+        if not found or any(matches(pattern, other) for other in others):
+            include.append(pattern)
+        include += [part for name in sorted(found) for part in _names(name)]
+    return replace(selection, include=tuple(dict.fromkeys(include)))
 
 
 def _is_fused(name: str, base: Checkpoint, tuned: Checkpoint) -> bool:
