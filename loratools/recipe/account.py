@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from loratools.dialects import Listing, located
 from loratools.dialects._frame.listing import WEIGHTS
 from loratools.errors import BadFile, LoraToolsError, UnsupportedAdapter
 from loratools.format import record
+from loratools.parallel import workers
 from loratools.recipe import identity
 from loratools.recipe.catalog import Role
 from loratools.storage.beside.making import ENTRY, FIELD, noted_root
@@ -58,13 +60,16 @@ def _entry(place: str, role: Role, dialect: Any, numbers: bool) -> dict[str, Any
     path = local(place, "checkpoint" if role == "model" else "adapter")
     repository, commit = origin(path)
     entry: dict[str, Any] = {"hub": repository, "commit": commit} if commit else {}
-    entry["content"] = identity.content_of(path, role)
-    if role == "adapter":
-        entry["digest"] = identity.adapter_of(path, dialect) or entry["content"]
-    elif numbers:
-        entry["digest"] = noted_root(path) or identity.tensors_of(path, "model")
-    else:
-        entry["schema"] = identity.schema_of(path)
+    with workers(1) as pool:  # both read all of an adapter
+        content = pool.submit(copy_context().run, identity.content_of, path, role)
+        if role == "adapter":
+            digest = identity.adapter_of(path, dialect)
+            entry["digest"] = digest or content.result()
+        elif numbers:
+            entry["digest"] = noted_root(path) or identity.tensors_of(path, "model")
+        else:
+            entry["schema"] = identity.schema_of(path)
+        entry["content"] = content.result()
     before = of(path)
     if before and len(json.dumps(before)) <= MOST:
         entry[FIELD] = before

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import sys
 from functools import cache
 from importlib import import_module
@@ -64,6 +65,27 @@ def copies_well(target: int, start: int, offset: int) -> bool:
     if not hasattr(os, "copy_file_range"):
         return False
     return start % _BLOCK == offset % _BLOCK == 0 or os.major(os.fstat(target).st_dev) == 0  # the device is no disk
+
+
+_CLONE_RANGE = 0x4020940D
+"""Linux' request FICLONERANGE: descriptor of the source, its start, the length (0: to its end), the target's start."""
+
+
+def shares(source: int, start: int, target: int, offset: int) -> bool:
+    """Let a file have another one's bytes from `start` to the end, at `offset`, as the same blocks on the disk.
+
+    Returns False where nothing was done: the file system shares no blocks, or both do not begin with a whole one.
+    """
+    fcntl = module("fcntl")
+    if fcntl is None or not sys.platform.startswith("linux") or start % _BLOCK or offset % _BLOCK:
+        return False
+    try:
+        fcntl.ioctl(target, _CLONE_RANGE, struct.pack("qQQQ", source, start, 0, offset))
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.ENOSYS, errno.EPERM):
+            return False
+        raise
+    return True
 
 
 _NO_RESERVE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.EPERM}

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from loratools.errors import BadFile
 from loratools.storage import files
+from loratools.storage.atomic import system
 from loratools.storage.header import MAX_HEADER, Header, encode_header
+from loratools.storage.resolvers import is_far
 from loratools.storage.rewrite.apply import BLOCK
 
 LARGE = 1 << 26
@@ -63,4 +65,7 @@ def write_copy(source: Path, header: NewHeader, target: Path) -> None:
             head = -start % BLOCK
             files.copy_range(old, start, start + head, new, offset, source)
             start, offset = start + head, offset + head
+            if not is_far(source) and system.shares(old, start, new, offset):
+                return
+        system.make_room(new, offset + size - start)  # which halves what a local disk's file system takes for the copy
         files.copy_range(old, start, size, new, offset, source)

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 
 from loratools.decisions import warnings_to
 from loratools.errors import BadFile, OutputRefused
+from loratools.storage.atomic import system
 from loratools.storage.header import encode_header, read_header
 from loratools.storage.rewrite import How, NewHeader, editing, finish, scratch_of
 from loratools.storage.rewrite.apply import PLAN
-from loratools.storage.rewrite.header import LARGE, data_start
+from loratools.storage.rewrite.header import LARGE, data_start, write_copy
 from loratools.storage.sources import session
 from tests.faults.killer import watch
 
@@ -240,3 +241,27 @@ def test_a_plan_for_a_file_that_is_gone_is_dropped(tmp_path: Path) -> None:
     assert "is dropped" in told[1]
     assert said(path) == {"format": "pt"}
     assert not scratch.exists()
+
+
+@pytest.mark.parametrize("offset", [4096, 100])
+def test_blocks_are_shared_whole_or_not_at_all(tmp_path: Path, offset: int) -> None:
+    path = large(tmp_path / "a")
+    wanted = path.read_bytes()[4096:]
+    target = os.open(tmp_path / "b", os.O_RDWR | os.O_CREAT)
+    with path.open("rb") as source:
+        shared = system.shares(source.fileno(), 4096, target, offset)
+        assert not system.shares(source.fileno(), 100, target, 4096)
+    os.close(target)
+    found = (tmp_path / "b").read_bytes()
+    assert found == (bytes(4096) + wanted if shared else b"")
+    assert not (shared and offset % 4096)
+
+
+@pytest.mark.parametrize("grow", [0, 9000])
+def test_a_copy_with_another_header_has_room_for_no_more_than_its_bytes(tmp_path: Path, grow: int) -> None:
+    path, made = large(tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
+    header = NewHeader.of(path, read_header(path), {"a": "b" * grow})
+    write_copy(path, header, made)
+    assert data(made) == data(path)
+    assert made.stat().st_size == len(header.encoded) + LARGE
+    assert read_header(made).metadata == {"a": "b" * grow}
