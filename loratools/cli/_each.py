@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +25,7 @@ from loratools.cli._show import line as show_line
 from loratools.cli._talk import Talk
 from loratools.decisions import warnings_to
 from loratools.errors import LoraToolsError, UnknownName
+from loratools.storage import sources
 
 _HINTS = 3
 """Hints that are told after all errors; of more, each is about one file only."""
@@ -100,13 +101,14 @@ class Work:
             output = {} if item.output is None else {OUTPUT: item.output}
             context.params = {**self.params, **output, self.argument: item.path}
             try:
-                if item.listed and (other := _OTHER.get(self.argument)) and _is(other, item.path):
-                    document = {"schema": SCHEMA, "path": item.path, "passed_over": other, "warnings": []}
-                    return Outcome((talk.named(encode_line(document)),) if talk.json else (), passed=other)
-                if item.output is not None:
-                    item.output.parent.mkdir(parents=True, exist_ok=True)
-                with context:
-                    return replace(_outcome(item, command.report(context, talk), talk), err=tuple(said))
+                with sources.session(talk.fetching):  # what is read to know its kind is not read again
+                    if item.listed and (other := _OTHER.get(self.argument)) and _is(other, item.path):
+                        document = {"schema": SCHEMA, "path": item.path, "passed_over": other, "warnings": []}
+                        return Outcome((talk.named(encode_line(document)),) if talk.json else (), passed=other)
+                    if item.output is not None:
+                        item.output.parent.mkdir(parents=True, exist_ok=True)
+                    with context:
+                        return _outcome(item, command.report(context, talk), talk, said)
             except BrokenPipeError:
                 raise
             except Exception as error:
@@ -222,15 +224,16 @@ def _there(work: Work, folder: str, item: Item) -> Outcome:
     return work(item)
 
 
-def _outcome(item: Item, report: Report | None, talk: Talk) -> Outcome:
+def _outcome(item: Item, report: Report | None, talk: Talk, said: Sequence[str]) -> Outcome:
     if report is None:
-        return Outcome()
+        return Outcome((), tuple(said))
     if talk.json:
         document = {"schema": SCHEMA, "path": item.path, **report.document, "warnings": talk.warnings}
-        return Outcome((talk.named(encode_line(document)),), ok=report.ok)
+        return Outcome((talk.named(encode_line(document)),), tuple(said), report.ok)
     text = [report.text] if isinstance(report.text, str) else report.text
     lines = [f"{item.path}:", *text, ""] if report.line is None else [f"{item.path}: {report.line}"]
-    return Outcome(tuple(show_line(talk.named(line)) for line in lines), ok=report.ok)
+    out = tuple([show_line(talk.named(line)) for line in lines])
+    return Outcome(out, tuple(said), report.ok)
 
 
 def _failed(item: Item, fault: Fault, talk: Talk) -> Outcome:

@@ -31,7 +31,7 @@ def of(document: Mapping[str, Any], parts: Mapping[str, Iterable[str]], algorith
     whole = {
         "extensions": extensions,
         "modules": {
-            path: {**_covered(entry), "parts": sorted(parts.get(path, ()))}
+            path: _covered(entry) | {"parts": sorted(parts.get(path, ()))}
             for path, entry in document.get("modules", {}).items()
         },
         "replacements": {path: _covered(entry) for path, entry in document.get("replacements", {}).items()},

@@ -53,7 +53,7 @@ class Kind:
     def ones(self, parts: Iterable[str]) -> list[str]:
         """Return which of rank and scaling mean nothing for a module with these parts, and so are 1."""
         numbers = () if shapes.WHOLE_KRONECKER.issubset(parts) else self.numbers
-        return [name for name in ("rank", "scaling") if name not in numbers]
+        return [name for name in ("rank", "scaling") if name not in numbers] if len(numbers) < 2 else []
 
 
 def _sets(*names: Iterable[str]) -> tuple[frozenset[str], ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Literal, Protocol, get_args
 
 from loratools.errors import BadFile
@@ -36,14 +36,19 @@ class Hasher(Protocol):
 
 def new(algorithm: str = DEFAULT) -> Hasher:
     """Return a fresh hasher of a registered algorithm; raise `BadFile` for any other."""
+    return _maker(algorithm)()
+
+
+@cache
+def _maker(algorithm: str) -> Callable[[], Hasher]:
     if algorithm == "blake3":
         from blake3 import blake3
 
-        return blake3()  # type: ignore[no-any-return,unused-ignore]
+        return blake3
     if algorithm == "sha256":
         from hashlib import sha256
 
-        return sha256()
+        return sha256
     raise BadFile(f"unknown digest algorithm {algorithm!r}; registered are {', '.join(ALGORITHMS)}")
 
 
@@ -79,6 +84,17 @@ def tensor(dtype: str, shape: Iterable[int], chunks: Iterable[Any], algorithm: s
 def schema(tensors: Mapping[str, tuple[str, tuple[int, ...]]], algorithm: str = DEFAULT) -> str:
     """Return the `schema` tier of a base hash from names, dtypes and shapes alone."""
     return _over_names(b"loratools.schema.v1\0", tensors, lambda name: _signature(*tensors[name]), algorithm)
+
+
+def root_of(tensors: Iterable[tuple[str, str, Iterable[int], Iterable[Any]]], algorithm: str = DEFAULT) -> str:
+    """Return the `root` over tensors: the name, dtype, shape and data in `chunks` of bytes of each, in any order."""
+    raw: dict[str, bytes] = {}
+    for name, dtype, shape, chunks in tensors:
+        hasher = start_tensor(dtype, shape, algorithm)
+        for chunk in chunks:
+            hasher.update(chunk)
+        raw[name] = hasher.digest()
+    return _over_names(b"loratools.model.v1\0", raw, raw.__getitem__, algorithm)
 
 
 def root(digests: Mapping[str, str], algorithm: str = DEFAULT) -> str:

@@ -157,7 +157,7 @@ def chunks_of_all(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, Iterat
 
     Small ones that lie side by side are read at once.
     """
-    buffer = memoryview(bytearray(min(CHUNK, sum(spec.nbytes for spec in specs.values()))))
+    buffer = memoryview(bytearray(min(CHUNK, sum([spec.stop - spec.start for spec in specs.values()]))))
     with ExitStack() as stack:
         file: Path | None = None
         source = -1
@@ -172,22 +172,25 @@ def chunks_of_all(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, Iterat
             if len(run) == 1:
                 yield run[0][0], _pieces(source, first, buffer)
                 continue
-            read_into(source, buffer[: last.stop - first.start], first.start, first.file)
+            begin = first.start
+            read_into(source, buffer[: last.stop - begin], begin, first.file)
             for name, spec in run:
-                yield name, iter((buffer[spec.start - first.start : spec.stop - first.start],))
+                yield name, iter((buffer[spec.start - begin : spec.stop - begin],))
 
 
 def _runs(specs: Mapping[str, TensorSpec], size: int) -> Iterator[list[tuple[str, TensorSpec]]]:
     """Yield the tensors in their order, those together that lie side by side in at most `size` bytes of a file."""
     run: list[tuple[str, TensorSpec]] = []
-    for name, spec in specs.items():
+    for item in specs.items():
+        spec = item[1]
         if run:
             first, last = run[0][1], run[-1][1]
             beside = spec.encoding is None and first.encoding is None and spec.start == last.stop
-            if not beside or spec.stop - first.start > size or spec.file != first.file:
+            other = spec.file is not first.file and spec.file != first.file
+            if not beside or other or spec.stop - first.start > size:
                 yield run
                 run = []
-        run.append((name, spec))
+        run.append(item)
     if run:
         yield run
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple, Protocol, cast
 
 from loratools.errors import BadFile
 from loratools.storage import dtypes
-from loratools.storage.atomic.inputs import stamp
-from loratools.storage.sources import open_file, refuse_pointer, remember, remembered
+from loratools.storage.atomic.inputs import Stamp, see, stamp
+from loratools.storage.sources import open_file, refuse_pointer, remember, remembered, stamps
 from loratools.storage.strict_json import parse_json_object
 
 MAX_HEADER = 100_000_000
@@ -104,11 +104,15 @@ def read_header(path: Path) -> Header:
 
 
 def _read_header(path: Path) -> Header:
+    key = "header", path
+    if (known := remembered().get(key)) is not None:
+        before, header = cast(tuple[Stamp, Header], known)
+        if stamps(path.parent, [path.name]) == (before,):
+            see(path)
+            return header
     with open_file(path) as file:
         status = os.fstat(file.fileno())
-        key, size = ("header", path, stamp(status)), status.st_size
-        if (known := remembered().get(key)) is not None:
-            return cast(Header, known)
+        size = status.st_size
         prefix = file.read(32)
         refuse_pointer(prefix, path)
         length = int.from_bytes(prefix[:8], "little")
@@ -122,7 +126,7 @@ def _read_header(path: Path) -> Header:
         file.seek(8)
         raw = file.read(length)
     header = parse_header(raw, size, path)
-    remember(key, header)
+    remember(key, (stamp(status), header))
     return header
 
 
@@ -151,8 +155,8 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
     if len(document) > MAX_TENSORS:
         raise BadFile(f"{path}: {len(document)} tensors in one file; at most {MAX_TENSORS} are read")
     data_start = 8 + len(raw)
-    tensors = {name: _spec(name, entry, path, data_start) for name, entry in document.items()}
-    ordered = dict(sorted(tensors.items(), key=_place))
+    tensors = [(name, _spec(name, entry, path, data_start)) for name, entry in document.items()]
+    ordered = dict(sorted(tensors, key=_place))
     expected = data_start
     for name, spec in ordered.items():
         if spec.start != expected:
@@ -208,8 +212,10 @@ def _spec(name: str, entry: Any, path: Path, data_start: int) -> TensorSpec:
     bits = dtypes.BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
         raise BadFile(f"{path}: tensor {name!r}: unknown dtype {dtype!r:.80}")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise BadFile(f"{path}: tensor {name!r}: shape and data_offsets must be lists of natural numbers")
+    numbers = [*shape, *offsets] if type(shape) is list and type(offsets) is list and len(offsets) == 2 else [None]
+    for number in numbers:
+        if type(number) is not int or not 0 <= number <= _U64:
+            raise BadFile(f"{path}: tensor {name!r}: shape and data_offsets must be lists of natural numbers")
     if len(shape) > MAX_SIDES:
         raise BadFile(f"{path}: tensor {name!r}: a tensor of {len(shape)} sides; at most {MAX_SIDES} are read")
     elements = 1
@@ -223,15 +229,6 @@ def _spec(name: str, entry: Any, path: Path, data_start: int) -> TensorSpec:
         takes = f"{dtype} of shape {shape} takes {size / 8:g} bytes"
         raise BadFile(f"{path}: tensor {name!r}: {takes}, its offsets {stop - start}")
     return TensorSpec(dtype, tuple(shape), path, data_start + start, data_start + stop)
-
-
-def _naturals(value: Any) -> bool:
-    if not isinstance(value, list):
-        return False
-    for number in value:  # noqa: SIM110 - there are two, and a generator takes longer than they do
-        if type(number) is not int or not 0 <= number <= _U64:
-            return False
-    return True
 
 
 def _place(item: tuple[str, TensorSpec]) -> tuple[int, int]:

@@ -47,10 +47,10 @@ class Subject:
     config: Mapping[str, Any] | None = None
     specs: Mapping[str, TensorSpec] | None = None
 
-    def entries(self, *fields: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the well-formed entries of fields, `modules` or `replacements`; of `modules` if none is named."""
-        for name in fields or ("modules",):
-            yield from self._entries[name]
+    def entries(self, *fields: str) -> Sequence[tuple[str, Mapping[str, Any]]]:
+        """Return the well-formed entries of fields, `modules` or `replacements`; of `modules` if none is named."""
+        of = self._entries
+        return [pair for name in fields for pair in of[name]] if len(fields) > 1 else of[(*fields, "modules")[0]]
 
     @cached_property
     def _entries(self) -> Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]]:

@@ -111,13 +111,14 @@ def ranks(subject: Subject) -> Iterator[Fault]:
 @CHAPTER.clause("L-07")
 def scalings(subject: Subject) -> Iterator[Fault]:
     """Compare the scaling that PEFT would give each module with the manifest's."""
+    rooted = bool((subject.config or {}).get("use_rslora"))
     for path, entry, rank, alpha in _configured(subject):
-        if not number(entry.get("scaling")) or rank != entry["rank"]:
+        stated = entry.get("scaling")
+        if rank != entry["rank"] or not number(stated):
             continue
-        rooted = bool((subject.config or {}).get("use_rslora"))
         scaling = _quotient(alpha, math.sqrt(rank) if rooted else rank)
-        if not math.isclose(scaling, entry["scaling"], rel_tol=TOLERANCE):
-            yield path, f"the manifest says scaling {entry['scaling']:g}, adapter_config.json {scaling:g}"
+        if scaling != stated and not math.isclose(scaling, stated, rel_tol=TOLERANCE):
+            yield path, f"the manifest says scaling {stated:g}, adapter_config.json {scaling:g}"
 
 
 def _quotient(alpha: Any, divisor: float) -> float:
@@ -127,6 +128,10 @@ def _quotient(alpha: Any, divisor: float) -> float:
 def _configured(subject: Subject) -> Iterator[tuple[str, Mapping[str, Any], Any, Any]]:
     """Yield (path, entry, rank, alpha) with the rank and alpha that PEFT's rules give each module."""
     if (config := _lora(subject)) is None:
+        return
+    if not config.get("rank_pattern") and not config.get("alpha_pattern"):
+        rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+        yield from ((path, entry, rank, alpha) for path, entry, kind in subject.modules() if kind.numbers)
         return
     rank_of, alpha_of = _rule(config, "rank_pattern", "r"), _rule(config, "alpha_pattern", "lora_alpha")
     for path, entry, kind in subject.modules():

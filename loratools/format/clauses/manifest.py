@@ -31,6 +31,7 @@ CHAPTER = Chapter()
 MAX_NAME = 512
 MAX_DEPTH = 32
 
+_NO_LAYOUT: Mapping[str, Any] = {}
 _PATH = re.compile(r"[^.\x00-\x1f\x7f]+(\.[^.\x00-\x1f\x7f]+)*")
 
 
@@ -53,7 +54,7 @@ def _usual(subject: Subject, field: str, form: Form) -> Iterator[Fault]:
     values: list[Any] = [entry.get(field) for _, entry in subject.entries()]
     if not formed(value):
         yield field, f"expected {expected}, found {shown(value)}"
-    elif values and all(map(formed, values)):
+    elif values.count(value) < len(values) and all(map(formed, values)):
         most = usual(values)
         if value != most:
             yield field, f"is {shown(value)}, but most modules have {shown(most)}"
@@ -208,20 +209,26 @@ def layout_of_kind(subject: Subject) -> Iterator[Fault]:
 
 def _layout(subject: Subject, clause: str) -> Iterator[Fault]:
     for path, entry, kind in subject.laid_out:
+        if has_needed(kind, entry):
+            continue
         yield from ((path, message) for identifier, message in layout_faults(kind, entry) if identifier == clause)
+
+
+def has_needed(kind: Kind, entry: Mapping[str, Any]) -> bool:
+    """Tell whether a layout of which the kind needs nothing says no more than how the base stores the weight."""
+    layout = entry.get("layout", _NO_LAYOUT)
+    return not kind.layout and isinstance(layout, dict) and isinstance(layout.get("transposed", False), bool)
 
 
 def layout_faults(kind: Kind, entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield (clause, message) for each fault of a module's layout."""
-    if "layout" not in entry and not kind.layout:
+    if has_needed(kind, entry):
         return
-    value = entry.get("layout", {})
+    value = entry.get("layout", _NO_LAYOUT)
     if not isinstance(value, dict):
         yield "M-18", f"layout: expected an object, found {shown(value)}"
         return
     needed = kind.layout or {}
-    if not needed and isinstance(value.get("transposed", False), bool):
-        return
     for name, kind_of in {"transposed": bool, **needed}.items():
         formed, expected = _LAYOUT[kind_of]
         if (name in needed or name in value) and not formed(value.get(name)):

@@ -55,7 +55,7 @@ def dtype(subject: Subject) -> Iterator[Fault]:
     """Check that factors are floating-point numbers."""
     for tensors in subject.parts.values():
         for part, name in tensors.items():
-            if part != FLAG and subject.tensors[name][0] not in dtypes.FLOATS:
+            if subject.tensors[name][0] not in dtypes.FLOATS and part != FLAG:
                 yield name, f"dtype {subject.tensors[name][0]}; factors are one of {', '.join(dtypes.FLOATS)}"
 
 
