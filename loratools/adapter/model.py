@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from loratools.adapter import kinds
@@ -168,6 +169,12 @@ class Adapter:
             f"{module}.{part}": lazy for module, update in self.updates.items() for part, lazy in update.parts.items()
         }
         return tensors | dict(self.replacements)
+
+    def files(self) -> set[Path]:
+        """Return the files that its tensors are read from, those of copies too."""
+        parts = [lazy.file for update in self.updates.values() for lazy in update.parts.values()]
+        whole = [lazy.file for each in (self.replacements, self.copies) for lazy in each.values()]
+        return set({id(file): file for file in (*parts, *whole) if file}.values())  # most are one and the same
 
     def mapped(self, change: Callable[[LazyTensor], LazyTensor]) -> Adapter:
         """Return the same adapter with other tensors of the same shapes; one tensor in two places stays one."""

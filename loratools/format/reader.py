@@ -67,7 +67,7 @@ def _updates(path: Path, subject: Subject) -> dict[str, Update]:
         parts = {part: LazyTensor.stored(specs[name]) for part, name in tensors[module].items()}
         extra = {"layout": entry["layout"]} if KINDS[kind].layout else {}
         update: Update = kinds.get(kind).build(parts, float(entry["scaling"]), float(entry["alpha"]), **extra)
-        if left := parts.keys() - update.parts.keys():
+        if update.parts.keys() != parts.keys() and (left := parts.keys() - update.parts.keys()):
             unknown.append(f"{module}: kind {kind!r} with {', '.join(sorted(left))}")
         updates[module] = update
     if unknown:

@@ -156,8 +156,7 @@ def parse_header(raw: bytes, file_size: int, path: Path) -> Header:
         raise BadFile(f"{path}: {len(document)} tensors in one file; at most {MAX_TENSORS} are read")
     data_start = 8 + len(raw)
     tensors = [(name, _spec(name, entry, path, data_start)) for name, entry in document.items()]
-    ordered = dict(sorted(tensors, key=_place))
-    expected = data_start
+    ordered, expected = dict(sorted(tensors, key=_place)), data_start
     for name, spec in ordered.items():
         if spec.start != expected:
             fault = "a hole before it" if spec.start > expected else "it overlaps another tensor"

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # frozen, each of its fields would be set by a call, and models have many tensors
 class LazyTensor:
     """A tensor whose `dtype` (safetensors name) and `shape` are known, and whose numbers `load()` reads.
+
+    Nobody sets a field of it: tensors are shared.
 
     `spec` is set where the tensor is exactly some bytes of a file, and `held` where its bytes are in memory: then it is
     hashed and copied without torch. `file` is the file that its numbers come from, however they are changed on the way,
@@ -110,7 +112,7 @@ class LazyTensor:
     @property
     def nbytes(self) -> int:
         """Bytes in its stored dtype."""
-        return self.parameters * dtypes.bits(self.dtype) // 8
+        return prod(self.shape) * dtypes.BITS[self.dtype] // 8
 
 
 def _held(dtype: str, shape: tuple[int, ...], raw: bytes) -> LazyTensor:

@@ -18,6 +18,9 @@ MOST_TAGS = 20
 """So many of the most frequent tags are listed."""
 
 _LONGEST = 1_000_000  # characters of an entry that is read as JSON; tags of large data sets take some ten thousand
+_SILENT = frozenset({"format"})
+"""Entries that say nothing of what is looked for: all that most files of language models have."""
+
 _REPEATED = r"\d+_(?P<name>.+)"
 
 
@@ -59,6 +62,8 @@ def facts_of(entries: Mapping[str, str], base: str | None = None, card: str | No
 
     An entry that is not what it should be says nothing.
     """
+    if card is None and entries.keys() <= _SILENT:
+        return Facts(base=base)
     counts = _frequencies(entries)
     run, config = _object(entries, "training_info"), _object(entries, "ot_config")
     software = _object(entries, "software")

@@ -196,8 +196,7 @@ class Listing:
         """
         for module, update in adapter.updates.items() if wants_detail() else ():
             detailed("%s: %s, rank %s, scaling %g", module, update.kind, update.rank, update.scaling)
-        files = {lazy.file for lazy in (*adapter.tensors().values(), *adapter.copies.values())}
-        read = {file.name for file in files if file}
+        read = {file.name for file in adapter.files()}
         unread = [name for name in self.weights if name not in read]
         unread = [name for name in self.own_weights if name in unread] if unread else []
         unread += self._modules_beside()

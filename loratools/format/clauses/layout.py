@@ -113,7 +113,7 @@ def scalings(subject: Subject) -> Iterator[Fault]:
     """Compare the scaling that PEFT would give each module with the manifest's."""
     rooted = bool((subject.config or {}).get("use_rslora"))
     for path, entry, rank, alpha in _configured(subject):
-        stated = entry.get("scaling")
+        stated: Any = entry.get("scaling")
         if rank != entry["rank"] or not number(stated):
             continue
         scaling = _quotient(alpha, math.sqrt(rank) if rooted else rank)

@@ -195,7 +195,7 @@ def _kept(adapter: Adapter, patterns: _Patterns) -> Adapter:
 def _described(listing: Listing, path: Location, dialect: str, evidence: str, patterns: _Patterns) -> AdapterSummary:
     adapter = get(dialect).read(listing)
     listing.tell_unread(adapter)
-    read, entries = {lazy.file for lazy in adapter.tensors().values() if lazy.file}, metadata_of(adapter)
+    read, entries = adapter.files(), metadata_of(adapter)
     for name in listing.weights:
         if listing.folder / name in read and (header := listing.header(name)):
             entries |= {key: value for key, value in header.metadata.items() if key != METADATA_KEY}
