@@ -55,6 +55,16 @@ def test_objects_have_one_text_however_it_is_made(value: dict[str, object]) -> N
     assert canonical_object(value) == manifest.canonical(value)
 
 
+@pytest.mark.parametrize("name", ["blake3", "sha256", "blake3:", "n"])
+def test_numbers_are_found_beside_digests_that_look_like_some(name: str) -> None:
+    value = {name: 2.0, "list": ["blake3:0e5f", 3.0, "sha256:1.5", -0.5e-7, "sha256:7e+1", 1, 4.0]}
+    listed = '"list":["blake3:0e5f",3,"sha256:1.5",-5e-8,"sha256:7e+1",1,4]'
+    fields = sorted([f'"{name}":2', listed])
+    assert canonical_object(value) == "{" + ",".join(fields) + "}"
+    only = {name: ["blake3:0e5f", "sha256:16.e5"]}
+    assert canonical_object(only) == manifest.canonical(only)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**53, "\ud800", {1, 2}, b"x"])
 def test_what_json_cannot_hold_is_refused_in_objects_too(value: object) -> None:
     with pytest.raises(ValueError):

@@ -45,6 +45,8 @@ def test_schema_and_root() -> None:
     root = b"loratools.model.v1\x00" + b"s\x00" + bytes.fromhex(sha(S_BYTES)) + b"w\x00" + bytes.fromhex(sha(W_BYTES))
     digests = {"w": f"sha256:{sha(W_BYTES)}", "s": f"sha256:{sha(S_BYTES)}"}
     assert digest.root(digests, "sha256") == f"sha256:{sha(root)}"
+    read = [("w", "BF16", (2, 3), [W[:5], W[5:]]), ("s", "F32", (), [b"\0\0\x80\x3f"])]
+    assert digest.root_of(read, "sha256") == digest.root(digests, "sha256")
     assert digest.root({}, "sha256") == f"sha256:{sha(b'loratools.model.v1' + bytes(1))}"
 
 

@@ -209,9 +209,8 @@ def layout_of_kind(subject: Subject) -> Iterator[Fault]:
 
 def _layout(subject: Subject, clause: str) -> Iterator[Fault]:
     for path, entry, kind in subject.laid_out:
-        if has_needed(kind, entry):
-            continue
-        yield from ((path, message) for identifier, message in layout_faults(kind, entry) if identifier == clause)
+        if not has_needed(kind, entry):
+            yield from ((path, message) for identifier, message in layout_faults(kind, entry) if identifier == clause)
 
 
 def has_needed(kind: Kind, entry: Mapping[str, Any]) -> bool:
