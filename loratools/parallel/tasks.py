@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from loratools.decisions import warned
 from loratools.errors import LoraToolsError
@@ -52,37 +53,18 @@ def run(
     Raises:
         LoraToolsError: What a task raised; workers were lost with the same task again and again; none is left.
     """
-    results: dict[int, Result] = {}
-    tries = dict.fromkeys(range(len(tasks)), 0)
-    waiting: dict[Future[Result], int] = {}
-
-    def begin(number: int) -> None:
-        tries[number] += 1
-        waiting[pool.executor.submit(work, tasks[number])] = number
-
+    going, results = _Going(pool, work, tasks), dict[int, Result]()
     try:
-        for number in tries:
-            begin(number)
-        while waiting:
-            finished, _ = wait(waiting, GLANCE, FIRST_COMPLETED)
-            if not finished and (gone := pool.nobody()):
-                raise _lost(pool, tasks[min(waiting.values())], gone)
-            for future in finished:
-                number = waiting.pop(future)
-                try:
-                    results[number] = future.result()
-                except BaseException as error:
-                    if why := _given_up(pool, error, tries[number]):
-                        raise _lost(pool, tasks[number], why) from None
-                    warned("%s: the worker of %s was lost; it is done again", pool.name, tasks[number])
-                    begin(number)
-                else:
-                    done(tasks[number], results[number])
+        for number in range(len(tasks)):
+            going.begin(number)
+        while going.waiting:
+            for number, result in going.ended():
+                results[number] = result
+                done(tasks[number], result)
     except BaseException:
         stop()
-        for future in waiting:
-            future.cancel()
-        wait(waiting, timeout=PATIENCE)
+        going.cancel()
+        wait(going.waiting, timeout=PATIENCE)
         raise
     return [results[number] for number in sorted(results)]
 
@@ -103,43 +85,66 @@ def in_order(
     Raises:
         LoraToolsError: What a task raised; no worker is left; the executor does no more.
     """
-    tries = dict.fromkeys(range(len(tasks)), 0)
-    waiting: dict[Future[Result], int] = {}
-    results: dict[int, Result] = {}
-    ended, todo, given = set[int](), list(tries), 0
-
-    def begin(number: int) -> None:
-        tries[number] += 1
-        waiting[pool.executor.submit(work, tasks[number])] = number
-
+    going, results = _Going(pool, work, tasks), dict[int, Result]()
+    ended, todo, given = set[int](), list(range(len(tasks))), 0
     try:
         while given < len(tasks):
             near = [number for number in todo if number < given + AHEAD * (pool.count or _MANY)]
             for number in near:
                 if ended.issuperset(after.get(number, ())):
                     todo.remove(number)
-                    begin(number)
-            finished, _ = wait(waiting, GLANCE, FIRST_COMPLETED)
-            if not finished and (gone := pool.nobody()):
-                raise _lost(pool, tasks[min(waiting.values())], gone)
-            for future in finished:
-                number = waiting.pop(future)
-                try:
-                    results[number] = future.result()
-                except BaseException as error:
-                    why = _given_up(pool, error, tries[number])
-                    if why and not isinstance(error, pool.killed):
-                        raise _lost(pool, tasks[number], why) from None
-                    if not why:
-                        begin(number)
-                        continue
-                    results[number] = lost(tasks[number], why)
+                    going.begin(number)
+            for number, result in going.ended(lost):
+                results[number] = result
                 ended.add(number)
             while given in results:
                 yield results.pop(given)
                 given += 1
     finally:
-        for future in waiting:
+        going.cancel()
+
+
+class _Going(Generic[Task, Result]):
+    """Tasks that have begun; each is begun again whose worker is lost."""
+
+    def __init__(self, pool: Pool, work: Callable[[Task], Result], tasks: Sequence[Task]) -> None:
+        self._pool, self._work, self._tasks = pool, work, tasks
+        self._tries: Counter[int] = Counter()
+        self.waiting: dict[Future[Result], int] = {}
+
+    def begin(self, number: int) -> None:
+        """Begin a task."""
+        self._tries[number] += 1
+        self.waiting[self._pool.executor.submit(self._work, self._tasks[number])] = number
+
+    def ended(self, lost: Callable[[Task, str], Result] | None = None) -> Iterator[tuple[int, Result]]:
+        """Wait until something ends; yield the number of each task that has, and its result.
+
+        `lost` makes the result of a task that was the end of several workers; without, that is an error.
+        """
+        pool, tasks = self._pool, self._tasks
+        finished, _ = wait(self.waiting, GLANCE, FIRST_COMPLETED)
+        if not finished and (gone := pool.nobody()):
+            raise _lost(pool, tasks[min(self.waiting.values())], gone)
+        for future in finished:
+            number = self.waiting.pop(future)
+            try:
+                result = future.result()
+            except BaseException as error:
+                why = _given_up(pool, error, self._tries[number])
+                if not why:
+                    if lost is None:
+                        warned("%s: the worker of %s was lost; it is done again", pool.name, tasks[number])
+                    self.begin(number)
+                    continue
+                if lost is None or not isinstance(error, pool.killed):
+                    raise _lost(pool, tasks[number], why) from None
+                result = lost(tasks[number], why)
+            yield number, result
+
+    def cancel(self) -> None:
+        """Call off what has not begun."""
+        for future in self.waiting:
             future.cancel()
 
 
