@@ -24,6 +24,9 @@ _ANY_PORT = {"dashboard_address": f"{_HERE}:0", "dashboard": False}
 
 _NO_LOOK = {"distributed.deploy.lost-worker-timeout": "3650 days"}
 
+_NO_PAGES = {"distributed.scheduler.http.routes": [], "distributed.worker.http.routes": []}
+"""Dask opens that port whatever it is told, and a worker one as well: they answer nothing."""
+
 PATIENCE = 120
 """Seconds in which there may be no process at all; beginning one takes two, or ten where much else is done."""
 
@@ -35,7 +38,7 @@ def opened(address: str) -> Iterator[Pool]:
     import dask
 
     name = f"{count} processes of this machine"
-    with dask.config.set(_NO_LOOK):
+    with dask.config.set({**_NO_LOOK, **_NO_PAGES}):
         try:
             cluster = distributed.LocalCluster(
                 n_workers=count, threads_per_worker=1, processes=True, host=_HERE, scheduler_kwargs=_ANY_PORT,

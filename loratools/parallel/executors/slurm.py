@@ -26,7 +26,7 @@ def opened(address: str) -> Iterator[Pool]:
     except ImportError:
         raise missing("dask-jobqueue") from None
     try:
-        cluster: Any = SLURMCluster()
+        cluster: Any = SLURMCluster(scheduler_options=_options())
     except (ValueError, TypeError) as error:
         raise LoraToolsError(
             f"slurm: dask-jobqueue cannot describe a job: {error}",
@@ -39,3 +39,10 @@ def opened(address: str) -> Iterator[Pool]:
             cluster.adapt(minimum_jobs=0, maximum_jobs=_MOST)
         with connected(cluster, address, count=int(number) if number else None, patience=None) as pool:
             yield pool
+
+
+def _options() -> dict[str, Any]:
+    """Return what the scheduler is told: its pages are for this machine, where the user's configuration is silent."""
+    import dask
+
+    return {"dashboard_address": "127.0.0.1:0", **(dask.config.get("jobqueue.slurm.scheduler-options", None) or {})}

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import http.client
 import os
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +50,52 @@ def test_local_processes_are_others_than_this_and_listen_here_only() -> None:
         addresses = set(pool.executor._client.scheduler_info()["workers"])  # type: ignore[attr-defined]
     assert os.getpid() not in processes
     assert {address.rpartition(":")[0] for address in addresses} == {"tcp://127.0.0.1"}
+
+
+LISTENS = "0A"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_nothing_listens_beyond_this_machine_and_no_page_is_served() -> None:
+    """Every socket that listens, of this process and all that it began, is on 127.0.0.1, and answers no HTTP."""
+    pytest.importorskip("distributed")
+    before = set(_listening())
+    with opened(1) as pool:
+        assert pool.executor.submit(abs, -3).result() == 3
+        found = sorted(set(_listening()) - before)
+    assert len(found) >= 3  # the scheduler, the nanny, the worker
+    assert {host for host, _ in found} == {"0100007F"}
+    with opened(1) as pool:
+        scheduler = pool.executor._client.cluster.scheduler  # type: ignore[attr-defined]
+        connection = http.client.HTTPConnection("127.0.0.1", scheduler.http_server.port, timeout=20)
+        for page in ("/", "/info/main/workers.html", "/metrics", "/json/identity.json", "/health"):
+            connection.request("GET", page)
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 404
+        connection.close()
+
+
+def _listening() -> Iterator[tuple[str, int]]:
+    """Yield the address, in hex as the kernel writes it, and the port of every socket that our processes listen on."""
+    ours = {os.getpid()}
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    while more := {child for child, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+    inodes = set()
+    for pid in ours:
+        with suppress(OSError):
+            inodes |= {os.readlink(each)[8:-1] for each in Path(f"/proc/{pid}/fd").iterdir() if each.is_symlink()}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == LISTENS and words[9] in inodes:
+                host, _, port = words[1].partition(":")
+                yield host, int(port, 16)
 
 
 @pytest.mark.slow
