@@ -67,14 +67,23 @@ def test_nothing_listens_beyond_this_machine_and_no_page_is_served() -> None:
     assert len(found) >= 3  # the scheduler, the nanny, the worker
     assert {host for host, _ in found} == {"0100007F"}
     with opened(1) as pool:
-        scheduler = pool.executor._client.cluster.scheduler  # type: ignore[attr-defined]
-        connection = http.client.HTTPConnection("127.0.0.1", scheduler.http_server.port, timeout=20)
-        for page in ("/", "/info/main/workers.html", "/metrics", "/json/identity.json", "/health"):
-            connection.request("GET", page)
-            answer = connection.getresponse()
-            answer.read()
-            assert answer.status == 404
-        connection.close()
+        client = pool.executor._client  # type: ignore[attr-defined]
+        client.wait_for_workers(1, timeout=60)
+        (of_worker,) = client.run(page_port).values()
+        for port in (client.cluster.scheduler.http_server.port, of_worker):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            for page in ("/", "/info/main/workers.html", "/metrics", "/json/identity.json", "/health"):
+                connection.request("GET", page)
+                answer = connection.getresponse()
+                answer.read()
+                assert answer.status == 404
+            connection.close()
+
+
+def page_port(dask_worker: Any) -> int:
+    """Return the port of a worker's pages, in the worker."""
+    port: int = dask_worker.http_server.port
+    return port
 
 
 def _listening() -> Iterator[tuple[str, int]]:
@@ -88,8 +97,9 @@ def _listening() -> Iterator[tuple[str, int]]:
         ours |= more
     inodes = set()
     for pid in ours:
-        with suppress(OSError):
-            inodes |= {os.readlink(each)[8:-1] for each in Path(f"/proc/{pid}/fd").iterdir() if each.is_symlink()}
+        for each in Path(f"/proc/{pid}/fd").glob("*"):
+            with suppress(OSError):  # it has just been closed
+                inodes.add(str(each.readlink())[len("socket:[") : -1])
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             words = line.split()
