@@ -24,7 +24,7 @@ _ANY_PORT = {"dashboard_address": f"{_HERE}:0", "dashboard": False}
 
 _NO_LOOK = {"distributed.deploy.lost-worker-timeout": "3650 days"}
 
-_NO_PAGES = {"distributed.scheduler.http.routes": [], "distributed.worker.http.routes": []}
+_NO_PAGES: dict[str, list[str]] = {"distributed.scheduler.http.routes": [], "distributed.worker.http.routes": []}
 """Dask opens that port whatever it is told, and a worker one as well: they answer nothing."""
 
 PATIENCE = 120
