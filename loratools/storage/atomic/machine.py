@@ -30,7 +30,7 @@ def mark() -> str:
     """
     own = platform.node()
     with suppress(OSError):  # no Linux
-        own += Path("/proc/sys/kernel/random/boot_id").read_text()
+        own += Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
     return hashlib.sha256(own.encode()).hexdigest()[:4]
 
 
