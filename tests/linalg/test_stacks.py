@@ -59,7 +59,7 @@ def test_all_three_ways_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     by_qr = {}
     for condition in (1.0, 300.0, 1e6):
         passes.clear()
-        by_qr[condition] = len(decompose(*factors(condition=condition))._made), list(passes)
+        by_qr[condition] = len(decompose(*factors(condition=condition)).made), list(passes)
     assert by_qr == {1.0: (0, [4, 4]), 300.0: (0, [4, 1, 1, 1, 1, 4]), 1e6: (4, [4, 4])}
 
 

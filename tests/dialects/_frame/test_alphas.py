@@ -56,7 +56,10 @@ def test_an_alpha_that_only_the_header_has_is_applied_and_said(tmp_path: Path, d
         assert warning.startswith("no tensor holds the alpha of ")
         assert warning.endswith(f"; that of the header, {name} = 2, is taken")
     assert scale(saved(path, dialect, {"alpha": "4"}), dialect) == (1.0, [])  # alpha is the rank: nothing to say
-    assert scale(saved(path, dialect, {"ss_network_alpha": "2"}, 8.0), dialect) == (2.0, [])  # the tensor wins
+    scaling, warnings = scale(saved(path, dialect, {"ss_network_alpha": "2"}, 8.0), dialect)
+    assert scaling == 2.0  # the tensor wins; U-Nets of diffusers read none
+    told = ["that of its tensors of alpha; diffusers applies 1"] if dialect == "diffusers" else []
+    assert [warning.partition(" is ")[2].partition(" or ")[0] for warning in warnings] == told
     for silent in ({}, {"ss_network_alpha": "None"}, {"alpha": "nan"}, {"ss_network_alpha": "Dynamic"}):
         scaling, (warning,) = scale(saved(path, dialect, silent), dialect)
         assert (scaling, warning.partition(" for ")[0]) == (1.0, "the file records no scale")
