@@ -57,12 +57,7 @@ class Call:
     @classmethod
     def from_json(cls, document: Any, source: Path | str) -> Self:
         """Return what `to_json` made; raise `BadFile`, which names its `source`, for what it did not make."""
-        fields = {"verb": str, "arguments": dict, "version": str}
-        if not isinstance(document, dict) or any(
-            not isinstance(document.get(name), kind) for name, kind in fields.items()
-        ):
-            raise BadFile(f"{source}: expected a call with {', '.join(fields)}")
-        return cls(document["verb"], document["arguments"], document["version"])
+        return cls(*fields_of(document, {"verb": str, "arguments": dict, "version": str}, "a call", source))
 
     def check_version(self) -> None:
         """Raise `InvalidOption` where another version of loratools made the call."""
@@ -71,6 +66,24 @@ class Call:
                 f"the call is of loratools {self.version}, and this is {__version__}",
                 hint="Install one version wherever parts of one result are made.",
             )
+
+
+def fields_of(document: Any, kinds: Mapping[str, type], what: str, source: Path | str) -> list[Any]:
+    """Return the values of a document by the names of `kinds`; raise `BadFile` where one is of another kind, or none.
+
+    Args:
+        document: What JSON holds.
+        kinds: Names of the fields, in the order of the result -> what each is.
+        what: What the document is expected to be, as `"a call"`.
+        source: The file, as the error names it.
+
+    Example:
+        >>> fields_of({"verb": "merge", "more": 1}, {"verb": str}, "a call", "part.json")
+        ['merge']
+    """
+    if not isinstance(document, dict) or any(not isinstance(document.get(name), kind) for name, kind in kinds.items()):
+        raise BadFile(f"{source}: expected {what} with {', '.join(kinds)}")
+    return [document[name] for name in kinds]
 
 
 def _absolute(value: Any) -> Any:

@@ -15,7 +15,7 @@ from loratools.engine.run import in_torch
 from loratools.errors import BadFile, InvalidOption
 from loratools.options import either
 from loratools.parallel import tasks
-from loratools.parallel.call import Call
+from loratools.parallel.call import Call, fields_of
 from loratools.parallel.shares import balanced
 from loratools.storage.layout import FilePlan, Slot
 from loratools.surgery.merge.prepare import Merge
@@ -83,12 +83,8 @@ class Planned:
     @classmethod
     def from_json(cls, document: Any, source: Path | str) -> Self:
         """Return what `to_json` made; raise `BadFile`, which names its `source`, for what it did not make."""
-        fields = {"key": str, "arithmetic": str, "piece": int}
-        if not isinstance(document, dict) or any(
-            not isinstance(document.get(name), kind) for name, kind in fields.items()
-        ):
-            raise BadFile(f"{source}: expected the plan of a merge with call, {', '.join(fields)}")
-        return cls(Call.from_json(document.get("call"), source), *(document[name] for name in fields))
+        own = fields_of(document, {"key": str, "arithmetic": str, "piece": int}, "the plan of a merge", source)
+        return cls(Call.from_json(document.get("call"), source), *own)
 
     def parts(self, prepared: Merge, of: int) -> list[tuple[FilePlan, ...]]:
         """Return what each of so many parts writes: of each file all, or the tensors that are its own."""
