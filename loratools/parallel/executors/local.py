@@ -8,8 +8,10 @@ is put off for ever.
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from tempfile import TemporaryDirectory
 
 from loratools.errors import LoraToolsError
 from loratools.parallel.executors._dask import connected, package
@@ -38,14 +40,38 @@ def opened(address: str) -> Iterator[Pool]:
     import dask
 
     name = f"{count} processes of this machine"
-    with dask.config.set({**_NO_LOOK, **_NO_PAGES}):
+    # Left to itself Dask puts its processes' folder beside, and leaves it there, empty.
+    scratch = TemporaryDirectory(prefix="loratools-workers-", ignore_cleanup_errors=True)
+    with ExitStack() as stack:
+        settings = {**_NO_LOOK, **_NO_PAGES, "temporary-directory": stack.enter_context(scratch)}
+        stack.enter_context(dask.config.set(settings))
         try:
-            cluster = distributed.LocalCluster(
-                n_workers=count, threads_per_worker=1, processes=True, host=_HERE, scheduler_kwargs=_ANY_PORT,
-                silence_logs=logging.CRITICAL, memory_limit=0,
-            )  # fmt: skip
+            with _deaf():
+                cluster = distributed.LocalCluster(
+                    n_workers=count, threads_per_worker=1, processes=True, host=_HERE, scheduler_kwargs=_ANY_PORT,
+                    silence_logs=logging.CRITICAL, memory_limit=0,
+                )  # fmt: skip
+                stack.enter_context(cluster)
         except (RuntimeError, OSError) as error:
             hint = "A process may have been ended for want of memory; try fewer."
             raise LoraToolsError(f"{name}: they could not be begun: {error}", hint=hint) from None
-        with cluster, connected(cluster, name, count=count, local=True, patience=PATIENCE) as pool:
-            yield pool
+        yield stack.enter_context(connected(cluster, name, count=count, local=True, patience=PATIENCE))
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Keep Ctrl-C, which a terminal sends to all, from processes that the threads begun in the block begin, ever.
+
+    They are ended by this one, which hears of it after the block.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # begun later, by a thread, it would let the signal through to what comes after
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

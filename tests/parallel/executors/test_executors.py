@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,29 @@ def test_local_processes_are_others_than_this_and_listen_here_only() -> None:
         addresses = set(pool.executor._client.scheduler_info()["workers"])  # type: ignore[attr-defined]
     assert os.getpid() not in processes
     assert {address.rpartition(":")[0] for address in addresses} == {"tcp://127.0.0.1"}
+
+
+def hears_no_interrupt(task: int) -> bool:
+    return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no masks of signals")
+def test_ctrl_c_reaches_the_caller_alone() -> None:
+    """A terminal sends it to all processes; those of Dask would each print how far they had come."""
+    pytest.importorskip("distributed")
+    with opened(1) as pool:
+        assert run(pool, hears_no_interrupt, [0], lambda task, result: None, bool) == [True]
+        assert not hears_no_interrupt(0)
+
+
+@pytest.mark.slow
+def test_local_processes_leave_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with opened(1):
+        assert [path.name.rpartition("-")[0] for path in tmp_path.iterdir()] == ["loratools-workers"]
+    assert list(tmp_path.iterdir()) == []
 
 
 LISTENS = "0A"
