@@ -97,6 +97,22 @@ def test_a_file_that_changed_since_is_refused(tmp_path: Path) -> None:
     gather(tmp_path / "out")
 
 
+def test_a_file_of_which_nobody_wrote_some_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list that has lost a file, of which another has the rest: what lies there is room that was never filled."""
+    monkeypatch.setattr("loratools.surgery.merge.planned.PIECE", 1)
+    base, adapter = prepare(tmp_path)
+    call = call_of(base, [adapter], tmp_path / "out")
+    one, other = (merge_part(call, f"{number}/2") for number in (1, 2))
+    shared = next(name for name in other.files if name in one.files)
+    path = Path(other.folder) / ".merge.json"
+    document = json.loads(path.read_text())
+    del document["files"][shared]
+    path.write_text(json.dumps(document))
+    with pytest.raises(BadFile, match=rf"{shared}: not what it was when it was written"):
+        gather(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_part_goes_on_from_what_is_complete(tmp_path: Path) -> None:
     base, adapter = prepare(tmp_path)
     call = call_of(base, [adapter], tmp_path / "out")
