@@ -16,7 +16,7 @@ from tests.make import REPOSITORY
 PACKAGE, TESTS = REPOSITORY / "loratools", REPOSITORY / "tests"
 
 ELSEWHERE = {
-    "adapter/fusing/test_products": "adapter: low_rank; adapter/fusing: rows",
+    "adapter/fusing/test_products": "adapter/fusing: rows",
     "adapter/test_model": "adapter: input shown",
     "adapter/kinds/test_parts": "adapter: parts",
     "adapter/naming/image/test_readings": "adapter/naming/image: components patterns",

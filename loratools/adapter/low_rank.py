@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from loratools.adapter.kinds import Update
+from loratools.adapter.kinds import Factors, Update
 from loratools.adapter.model import Adapter
 from loratools.storage import files
 from loratools.storage.lazy import LazyTensor
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Array = np.ndarray[Any, np.dtype[Any]]
+
+_FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 def refusal(update: Update) -> str | None:
@@ -80,9 +84,7 @@ def load(part: Update) -> tuple[Tensor, Tensor]:
 
     Raises `ValueError` for an update that is no product.
     """
-    if (factors := part.factored()) is None:
-        raise ValueError(f"kind {part.kind}: its change is no product of two factors")
-    left, right = factors.load()
+    left, right = (factors := _factors(part)).load()
     return left.double() * factors.scale, right.double()
 
 
@@ -91,9 +93,25 @@ def arrays(part: Update) -> tuple[Array, Array, float]:
 
     Raises `ValueError` for an update that is no product.
     """
+    factors = _factors(part)
+    return _numbers(factors.left), _numbers(factors.right), factors.scale
+
+
+def stacked(parts: Sequence[Update]) -> tuple[Array, Array, list[float]]:
+    """Return what `arrays` does of products of one shape: left (n, rows, r), right (n, r, columns), and the scalings.
+
+    Raises `ValueError` as `arrays`, and where shapes differ.
+    """
+    factors = [_factors(part) for part in parts]
+    return _stack([each.left for each in factors]), _stack([each.right for each in factors]), [
+        each.scale for each in factors
+    ]  # fmt: skip
+
+
+def _factors(part: Update) -> Factors:
     if (factors := part.factored()) is None:
         raise ValueError(f"kind {part.kind}: its change is no product of two factors")
-    return _numbers(factors.left), _numbers(factors.right), factors.scale
+    return factors
 
 
 def _numbers(lazy: LazyTensor) -> Array:
@@ -102,10 +120,39 @@ def _numbers(lazy: LazyTensor) -> Array:
     from loratools.storage.codecs import floats
 
     known = lazy.held if lazy.spec is None else files.read_bytes(lazy.spec)
-    if known is None or lazy.dtype not in ("BF16", "F16", "F32", "F64"):
+    if known is None or lazy.dtype not in _FLOATS:
         numbers: Array = lazy.load().double().numpy()
         return numbers
-    bits = np.frombuffer(known, floats.unsigned(lazy.dtype)).reshape(lazy.shape)
-    if lazy.dtype in ("F32", "F64"):
-        return bits.view(f"<f{bits.itemsize}")
-    return floats.widen(bits, lazy.dtype, np.float32)
+    return _of_bits(np.frombuffer(known, floats.unsigned(lazy.dtype)).reshape(lazy.shape), lazy.dtype)
+
+
+def _stack(lazies: Sequence[LazyTensor]) -> Array:
+    """Return the numbers of tensors as one array; those that are bytes of a file are read into it."""
+    import numpy as np
+
+    from loratools.storage.codecs import floats
+
+    dtype, shape = lazies[0].dtype, lazies[0].shape
+    specs = [
+        lazy.spec
+        for lazy in lazies
+        if lazy.spec and lazy.spec.encoding is None and lazy.dtype == dtype and lazy.shape == shape
+    ]
+    if dtype not in _FLOATS or len(specs) < len(lazies):
+        return np.stack([_numbers(lazy) for lazy in lazies])
+    bits = np.empty((len(lazies), *shape), floats.unsigned(dtype))
+    into, start = floats.bytes_of(bits), 0
+    for path, run in groupby(specs, key=lambda spec: spec.file):
+        with files.descriptor(path) as source:
+            for spec in run:
+                files.read_into(source, into[start : start + spec.nbytes], spec.start, path)
+                start += spec.nbytes
+    return _of_bits(bits, dtype)
+
+
+def _of_bits(bits: Array, dtype: str) -> Array:
+    import numpy as np
+
+    from loratools.storage.codecs import floats
+
+    return bits.view(f"<f{bits.itemsize}") if dtype in ("F32", "F64") else floats.widen(bits, dtype, np.float32)

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -75,6 +75,29 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+class Fields(Mapping[str, Any]):
+    """What has fields as an object of JSON, each made `plain` when it is asked for: most runs print no document.
+
+    `others` are fields beside its own, or in their place, that are made then.
+    """
+
+    def __init__(self, value: Any, **others: Callable[[], Any]) -> None:
+        self._value, self._others = value, others
+        names = _names(type(value))  # type: ignore[arg-type,unused-ignore]
+        self._fields = tuple(dict.fromkeys((*names, *others)))
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._fields:
+            raise KeyError(name)
+        return self._others[name]() if name in self._others else plain(getattr(self._value, name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
 
 
 _NAME = 16  # characters that a name in a table keeps at least

@@ -111,7 +111,7 @@ def command(
 def gathered(combination: Combination, *, modules: bool = False) -> show.Report:
     """Return the report of a combination, in one process or of parts; with `modules` what each of them keeps."""
     kept = table(combination) if modules else ()
-    return show.Report(show.plain(combination), [*lines(combination, "combined"), *kept])
+    return show.Report(show.Fields(combination), [*lines(combination, "combined"), *kept])
 
 
 def size_of(adapters: Iterable[Adapter]) -> int:

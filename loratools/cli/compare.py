@@ -79,15 +79,19 @@ def command(
         first, second, base, paper=paper, seed=seed or 0, include=include or None, exclude=exclude or None,
         dialect=dialect, alpha=alpha, model_type=model_type, threads=threads,
     )  # fmt: skip
-    document: dict[str, Any] = show.plain(comparison)
-    for data, module in zip(document["modules"], comparison.modules, strict=True):
-        data |= {"input_overlap": module.input_overlap, "output_overlap": module.output_overlap}
+    document = show.Fields(comparison, modules=lambda: [_module(module) for module in comparison.modules])
     if grid is None:
         return show.Report(document, [*_lines(comparison, modules), *_paper(comparison, modules)])
     chosen = [module for module in comparison.modules if module.module == grid]
     if not chosen:
         raise click.UsageError(f"--grid: the adapters do not both change {grid}")
     return show.Report(document, _grid(chosen[0]))
+
+
+def _module(module: ModuleComparison) -> dict[str, Any]:
+    """Return the document of a module: what it holds, and what follows of it."""
+    document: dict[str, Any] = show.plain(module)
+    return document | {"input_overlap": module.input_overlap, "output_overlap": module.output_overlap}
 
 
 def _all(talk: Talk, folder: Path, base: str | None, similar: float) -> show.Report:

@@ -79,11 +79,11 @@ def command(
         if summary.type != "adapter":
             raise click.UsageError(f"--spectrum: {path} is a model; it describes adapters")
         measured = measure(path, dialect, alpha=alpha, **chosen)
-        return show.Report(_document(summary, False) | {"spectrum": show.plain(measured)}, _spectrum(measured))
+        return show.Report(_document(summary, False) | {"spectrum": show.Fields(measured)}, _spectrum(measured))
     if isinstance(summary, AdapterSummary):
         line = None if modules or metadata else _adapter_in_a_line(summary)
         return show.Report(_document(summary, metadata), _adapter(summary, modules, metadata), line=line)
-    document = show.plain(_document(summary, metadata))
+    document = _document(summary, metadata)
     document["schema_hash"] = document.pop("schema")  # for `schema` is the version of every document
     line = None if modules or metadata else _checkpoint_in_a_line(summary)
     return show.Report(document, _checkpoint(summary, modules, metadata), line=line)
@@ -102,7 +102,7 @@ def _measured(
     adapter = kept(dialects.open_adapter(path, dialect=dialect, alpha=alpha, base=model), **chosen)
     measured = spectrum(adapter, base=model)
     summary = describe_adapter(adapter, path, adapter.dialect, "read with its base model")
-    return show.Report(_document(summary, False) | {"spectrum": show.plain(measured)}, _spectrum(measured))
+    return show.Report(_document(summary, False) | {"spectrum": show.Fields(measured)}, _spectrum(measured))
 
 
 def _document(summary: AdapterSummary | CheckpointSummary, metadata: bool) -> dict[str, Any]:

@@ -105,4 +105,4 @@ def gathered(resized: Combination, *, modules: bool = False) -> show.Report:
     changed = counted(len(resized.shares), "module")
     line = f"wrote {resized.output} ({changed}, error {resized.error:.3g} of the change)"
     kept = table(resized) if modules else ()
-    return show.Report(show.plain(resized), [*lines(resized, "resized", method=False), *kept], line=line)
+    return show.Report(show.Fields(resized), [*lines(resized, "resized", method=False), *kept], line=line)

@@ -39,6 +39,8 @@ def detect(listing: Listing) -> Evidence | None:
     """Look for stacked experts called w1, w2, w3, and for `unembed_tokens`."""
     header = listing.header(_FILE) if _FILE in listing.files else None
     for name in header.tensors if header else ():
+        if ".experts.w" not in name and "unembed_tokens" not in name:
+            continue
         split = keys.split(name)
         if split and (re.fullmatch(_EXPERTS, split[0]) or split[0].endswith("unembed_tokens")) and split[1] in (A, B):
             return Evidence(95, f"{_FILE} has names of Tinker, such as {name}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from json.encoder import encode_basestring
 from typing import Any
 
@@ -53,11 +53,7 @@ def canonical(value: Any) -> str:
     if isinstance(value, Mapping):
         if not all(isinstance(name, str) for name in value):
             raise ValueError("a JSON object has only strings as names")
-        # ASCII is in the order of UTF-16 as it is.
-        ordered = (
-            sorted(value) if "".join(value).isascii() else sorted(value, key=lambda name: name.encode("utf-16-be"))
-        )
-        return "{" + ",".join([f"{_text(name)}:{canonical(value[name])}" for name in ordered]) + "}"
+        return "{" + ",".join([f"{_text(name)}:{canonical(value[name])}" for name in _ordered(value)]) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(canonical, value)) + "]"
     if value is None or isinstance(value, bool):
@@ -65,6 +61,22 @@ def canonical(value: Any) -> str:
     if isinstance(value, int | float):
         return _number(value)
     raise ValueError(f"{type(value).__name__} is not a JSON type")
+
+
+def canonical_parts(value: Mapping[str, Any], plain: Collection[str]) -> str:
+    """Return what `canonical` does, sooner where parts are large: those named in `plain` are objects or lists of JSON.
+
+    All names in these are strings, as `canonical_object` asks.
+    """
+    if not all(isinstance(name, str) for name in value):
+        return canonical(value)
+    texts = {name: (canonical_object if name in plain else canonical)(part) for name, part in value.items()}
+    return "{" + ",".join([f"{_text(name)}:{texts[name]}" for name in _ordered(value)]) + "}"
+
+
+def _ordered(names: Collection[str]) -> list[str]:
+    # ASCII is in the order of UTF-16 as it is.
+    return sorted(names) if "".join(names).isascii() else sorted(names, key=lambda name: name.encode("utf-16-be"))
 
 
 def _text(value: str) -> str:

@@ -18,7 +18,10 @@ def adapter_digest(adapter: Adapter, algorithm: str = digest.DEFAULT) -> str:
     """
     key = "digest", id(adapter), algorithm
     if (known := remembered().get(key)) is None:
-        known = adapter, digest.root(tensor_digests(adapter, algorithm), algorithm)
+        tensors = manifest.tensors_of(adapter)
+        read = chunks_of_all(in_order_of_files(tensors))
+        of_each = ((name, tensors[name].dtype, tensors[name].shape, chunks) for name, chunks in read)
+        known = adapter, digest.root_of(of_each, algorithm)
         remember(key, known)  # with the adapter, whose id is then nobody else's
     return str(known[1])
 

@@ -34,7 +34,7 @@ _MARKS = "|".join(sorted(re.escape(part.partition(".")[0]) for part in PARTS if 
 _PART = re.compile(rf"(?:^|\.)(?=lora_|(?:{_MARKS})(?:\.|\Z))")
 
 
-@lru_cache(maxsize=4096)  # the next adapter has the same names
+@lru_cache(maxsize=1 << 16)  # the next adapter has the same names
 def split(name: str) -> tuple[str, str] | None:
     """Return (module, part) of a canonical name, or None if it does not begin with `PREFIX` or names no module.
 

@@ -14,6 +14,7 @@ from loratools.adapter.model import HEADER, Adapter, BaseIdentity, Step
 from loratools.adapter.naming.compact import suffixes
 from loratools.format import keys
 from loratools.format.canonical import canonical as canonical
+from loratools.format.canonical import canonical_parts
 from loratools.storage import digest
 from loratools.storage.lazy import LazyTensor
 
@@ -57,7 +58,8 @@ def of(adapter: Adapter, tensors: Mapping[str, str] | None = None) -> dict[str, 
     modules = {}
     for path, update in sorted(adapter.updates.items()):
         entry: dict[str, Any] = {
-            "kind": update.kind, "rank": max(update.rank, 1), "alpha": update.alpha, "scaling": update.scaling,
+            "kind": update.kind, "rank": max(update.rank, 1), "alpha": _number(update.alpha),
+            "scaling": _number(update.scaling),
         }  # fmt: skip
         known = {name: value for name, value in update.layout.items() if value is not None}
         turned = {"transposed": adapter.orientation[path]} if path in adapter.orientation else {}
@@ -99,6 +101,19 @@ def of(adapter: Adapter, tensors: Mapping[str, str] | None = None) -> dict[str, 
         document["format_version"] = _later(document["format_version"], VERSION)
         document["meaning"] = meaning.of(document, {path: update.parts for path, update in adapter.updates.items()})
     return document
+
+
+def text(document: Mapping[str, Any]) -> str:
+    """Return the canonical text of a manifest that `of` made; raise `ValueError` as `canonical` does.
+
+    What has an entry for each module is made sooner: its names are paths and fields. Other names come from settings.
+    """
+    return canonical_parts(document, ("modules", "replacements", "target_modules"))
+
+
+def _number(value: float) -> float:
+    """Return a whole number as an integer, which JSON writes as RFC 8785 does."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _extensions(adapter: Adapter, origin: list[Mapping[str, Any]]) -> list[dict[str, Any]]:

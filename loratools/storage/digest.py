@@ -94,6 +94,11 @@ def root_of(tensors: Iterable[tuple[str, str, Iterable[int], Iterable[Any]]], al
         for chunk in chunks:
             hasher.update(chunk)
         raw[name] = hasher.digest()
+    return root_of_raw(raw, algorithm)
+
+
+def root_of_raw(raw: Mapping[str, bytes], algorithm: str = DEFAULT) -> str:
+    """Return the `root` over tensors from the 32 bytes of the digest of each."""
     return _over_names(b"loratools.model.v1\0", raw, raw.__getitem__, algorithm)
 
 
@@ -114,10 +119,12 @@ def root(digests: Mapping[str, str], algorithm: str = DEFAULT) -> str:
 def _over_names(domain: bytes, names: Iterable[str], part: Callable[[str], bytes], algorithm: str) -> str:
     hasher = new(algorithm)
     hasher.update(domain)
-    for name in sorted(names, key=str.encode):
+    pieces: list[bytes] = []
+    for encoded, name in sorted([(name.encode(), name) for name in names]):
         if "\0" in name:  # it ends a name, so two different models could have one digest
             raise BadFile(f"the tensor name {name!r} holds a NUL character, which no model needs and no digest allows")
-        hasher.update(name.encode() + b"\0" + part(name))
+        pieces += encoded, b"\0", part(name)
+    hasher.update(b"".join(pieces))
     return finish(hasher, algorithm)
 
 

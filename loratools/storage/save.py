@@ -10,7 +10,7 @@ from threading import Lock
 from loratools.storage import atomic, dtypes, files
 from loratools.storage.beside import making
 from loratools.storage.header import TensorSpec, encode_header
-from loratools.storage.lazy import LazyTensor
+from loratools.storage.lazy import LazyTensor, chunks_of_all
 
 
 def ordered(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -26,8 +26,8 @@ def header(tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> by
 
 def pieces(tensors: Mapping[str, LazyTensor]) -> Iterator[memoryview]:
     """Yield the data that follow the `header`, each piece valid until the next is asked for."""
-    for name, lazy in ordered(tensors).items():
-        yield from lazy.chunks(name)
+    for _, pieces_of_one in chunks_of_all(ordered(tensors)):
+        yield from pieces_of_one
 
 
 def write(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> None:
@@ -47,6 +47,30 @@ def save(
         if target.suffix != path.suffix:
             for other, text in (beside or {}).items():
                 path.with_name(other).write_text(text, encoding="utf-8", newline="\n")
+
+
+class Appended:
+    """Pieces written one after the other at an offset of a descriptor; small ones are gathered and written together."""
+
+    def __init__(self, target: int, offset: int) -> None:
+        self._target = target
+        self._gathered = bytearray()
+        self.end = offset
+
+    def write(self, piece: memoryview) -> None:
+        """Write a piece, or take a copy of it."""
+        if len(self._gathered) + len(piece) > files.CHUNK:
+            self.flush()
+        if len(piece) < files.CHUNK:
+            self._gathered += piece
+        else:
+            files.write_from(self._target, piece, self.end)
+        self.end += len(piece)
+
+    def flush(self) -> None:
+        """Write what was gathered."""
+        files.write_from(self._target, memoryview(self._gathered), self.end - len(self._gathered))
+        self._gathered = bytearray()
 
 
 class Spool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from loratools.cli import _show as show
 from loratools.cli._show import LONGEST, alike, encode, exact, fields, fitted, line, number, shortened, size, table
 from loratools.errors import printable
 
@@ -186,3 +187,21 @@ def test_encode() -> None:
         "7": None,
         "name": "\udce9ü",
     }
+
+
+def test_fields_are_made_when_they_are_asked_for() -> None:
+    @dataclass
+    class Odd:
+        path: Path
+        number: float
+        list: tuple[int, ...]
+
+    asked: list[str] = []
+    made = show.Fields(
+        Odd(Path("a"), float("nan"), (1, 2)), number=lambda: asked.append("number") or 3, more=lambda: "x"
+    )
+    assert made.get("warnings", ()) == ()
+    assert made["list"] == [1, 2]
+    assert asked == []
+    assert json.loads(encode(made)) == {"path": "a", "number": 3, "list": [1, 2], "more": "x"}
+    assert (len(made), asked) == (4, ["number"])

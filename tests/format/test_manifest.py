@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loratools.format import manifest
-from loratools.format.canonical import canonical_object
+from loratools.format.canonical import canonical_object, canonical_parts
 
 # RFC 8785, appendix B, and values where ECMAScript and Python lay digits out differently.
 NUMBERS = {
@@ -94,3 +94,12 @@ def test_target_modules_are_kept_only_where_they_fit(
 ) -> None:
     modules = {"a.q": {"kind": "lora"}, "a.v": {"kind": "lora"}}
     assert manifest.target_modules(modules, settings | {"target_modules": wanted}, {}) == found
+
+
+def test_the_text_of_parts_is_that_of_the_whole() -> None:
+    parts = {"modules": {"b": {"alpha": 8.0, "s": 2 / 3}, "a": {}}, "digest": "x", "é": [1.0], "list": ["b", "a"]}
+    assert canonical_parts(parts, ("modules", "list")) == manifest.canonical(parts)
+    with pytest.raises(ValueError, match="only strings"):
+        canonical_parts({1: 2}, ())  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="only strings"):  # what is not named may hold anything
+        canonical_parts({"settings": {1: 2}}, ("modules",))

@@ -79,6 +79,17 @@ def test_digest_is_the_root_over_the_files_own_tensors(tmp_path: Path) -> None:
     assert written == stated(path)["digest"] == digest.root(digests)
 
 
+def test_a_text_that_looks_like_the_digest_to_come_stays(tmp_path: Path) -> None:
+    adapter = rich()  # the hashes of its base are all zeros
+    shown = replace(adapter, settings={"task_type": manifest.NO_DIGEST})
+    for name, each in (("a", shown), ("b", replace(adapter, base=None, provenance=()))):
+        path = tmp_path / f"{name}.safetensors"
+        written = writer.write(each, path)
+        assert written == stated(path)["digest"] != manifest.NO_DIGEST
+        assert validate.validate(path) == []
+    assert stated(tmp_path / "a.safetensors")["settings"]["task_type"] == manifest.NO_DIGEST
+
+
 def test_safetensors_library_reads_the_same_numbers(tmp_path: Path) -> None:
     adapter = rich()
     writer.write(adapter, tmp_path / "a.safetensors")

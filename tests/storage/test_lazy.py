@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from loratools.parallel.plain import NotPlain, from_plain, to_plain
+from loratools.storage import files
 from loratools.storage.header import read_header
 from loratools.storage.lazy import LazyTensor, chunks_of_all, in_order_of_files
-from loratools.storage.save import Spool
+from loratools.storage.save import Appended, Spool
 
 
 def lazies(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, torch.Tensor]]:
@@ -59,3 +61,15 @@ def test_a_tensor_in_a_file_travels_as_its_place_and_one_in_memory_as_its_bytes(
         back = pickle.loads(pickle.dumps(lazy))  # noqa: S301  (our own)
         assert (back.dtype, back.shape, back.spec) == ("BF16", (2, 3), lazy.spec)
         assert torch.equal(back.load(), numbers)
+
+
+def test_pieces_of_any_size_lie_one_after_the_other(tmp_path: Path) -> None:
+    sizes = [3, 0, files.CHUNK - 1, 2, files.CHUNK, files.CHUNK + 5, 1, 7]
+    pieces = [bytes([65 + i]) * size for i, size in enumerate(sizes)]
+    with files.descriptor(tmp_path / "file", os.O_RDWR | os.O_CREAT) as target:
+        appended = Appended(target, 10)
+        for piece in pieces:
+            appended.write(memoryview(bytearray(piece)))
+        assert appended.end == 10 + sum(sizes)
+        appended.flush()
+    assert (tmp_path / "file").read_bytes() == bytes(10) + b"".join(pieces)

@@ -7,8 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from functools import lru_cache
 
-_REMEMBERED = 4096
-"""Names of which the last answers are kept: they are asked about often, and the next adapter has the same."""
+REMEMBERED = 1 << 16
+"""Names of which the last answers are kept: they are asked about often, and the next adapter has the same.
+
+Were an adapter to have more, asked about in turn, each would be forgotten before it is asked about again.
+"""
 
 # A pattern: for each place between the dots, the set of what stands there. It means every combination.
 _Pattern = tuple[frozenset[str], ...]
@@ -38,7 +41,7 @@ def _compact(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted((".".join(map(_show, pattern)) for pattern in patterns), key=natural))
 
 
-@lru_cache(_REMEMBERED)
+@lru_cache(REMEMBERED)
 def natural(name: str) -> tuple[tuple[int, str], ...]:
     """Return a sort key that puts layer 9 before layer 10."""
     return tuple([(int(part), "") if _is_number(part) else (-1, part) for part in re.split(r"(\d+)", name)])
@@ -85,7 +88,7 @@ def _ranges(numbers: list[int]) -> Iterable[str]:
         last = number  # type: ignore[assignment]
 
 
-@lru_cache(_REMEMBERED)
+@lru_cache(REMEMBERED)
 def suffixes(module: str) -> tuple[str, ...]:
     """Return what PEFT's rule for a list entry lets name a module: its path, and each suffix of it after a dot."""
     names = [module]

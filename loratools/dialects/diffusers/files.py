@@ -185,7 +185,7 @@ def _renamed(adapter: Adapter) -> Adapter:
     return rename.to_diffusers(adapter if adapter.dialect == "diffusers" else rename.spelled_out(adapter))
 
 
-@lru_cache(maxsize=4096)  # the next adapter has the same names
+@lru_cache(maxsize=1 << 16)  # the next adapter has the same names
 def _split(name: str) -> tuple[str, str] | None:
     """Return (module with its component, PEFT's part or `_ALPHA_PART`), or None for a name of no known spelling.
 

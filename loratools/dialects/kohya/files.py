@@ -31,6 +31,7 @@ from loratools.errors import BadFile, counted
 from loratools.format import keys
 from loratools.storage import save
 from loratools.storage.lazy import LazyTensor
+from loratools.storage.sources import remember, remembered
 
 _FILE = "lora.safetensors"
 _SUFFIXES = {A: "lora_down.weight", B: "lora_up.weight"}
@@ -102,7 +103,15 @@ def read(listing: Listing) -> Adapter:
 
 
 def losses(adapter: Adapter) -> list[Loss]:
-    """List what kohya has no words for, and modules whose names become one when they are flattened."""
+    """List what kohya has no words for, and modules whose names become one when they are flattened; once in a task."""
+    key = "losses of kohya", id(adapter)
+    if (known := remembered().get(key)) is None:
+        known = adapter, _losses(adapter)
+        remember(key, known)  # with the adapter, whose id is then nobody else's
+    return list(known[1])
+
+
+def _losses(adapter: Adapter) -> list[Loss]:
     adapter = rename.to_original(adapter, reader="kohya")
     known = frozenset({A, B, BIAS, MAGNITUDE})
     lost = []

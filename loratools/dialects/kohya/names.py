@@ -43,7 +43,7 @@ _ROOTS = (
 )  # fmt: skip
 
 
-@lru_cache(maxsize=4096)  # the next adapter has the same names
+@lru_cache(maxsize=1 << 16)  # the next adapter has the same names
 def head_of(name: str) -> tuple[str, str, str] | None:
     """Return (prefix, flat, suffix) of a tensor's name, or None where it is no flattened one.
 

@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratools.adapter.naming.compact import suffixes
+from loratools.adapter.naming.compact import REMEMBERED, suffixes
 from loratools.dialects.peft.isolated import Isolated
 from loratools.errors import UnsupportedAdapter
 
@@ -58,6 +58,9 @@ _SEGMENT = r"[\w-]+"
 _ESCAPED_OR_DOT = r"\\(.)|\."
 _ANY = "\n"  # what stands for any character; no name of a module has it
 _MOST_SHAPES = 64  # of names of one length; real configs have one or two
+
+_ByLength = dict[int, dict[tuple[int, ...], dict[str, int]]]
+"""Length of a name -> its shape: how long its parts are, between characters that may be any -> name -> its place."""
 
 
 @dataclass(slots=True, eq=False)
@@ -169,7 +172,8 @@ class PatternKeys:
 
     def __init__(self, keys: Iterable[str], field: str, config: ConfigFile) -> None:
         self._keys = tuple(keys)
-        self._names: dict[tuple[bool, int], dict[tuple[int, ...], dict[str, int]]] = {}
+        self._anchored: _ByLength = {}
+        self._suffixes: _ByLength = {}
         self._first: dict[str, str | None] = {}
         self._expressions = [
             (position, Expression(rf"(.*\.)?({key})$", field, config, whole=False))
@@ -194,24 +198,23 @@ class PatternKeys:
         if not self._keys:
             return None
         best = len(self._keys)
-        for anchored, name in ((True, module), *((False, suffix) for suffix in suffixes(module))):
-            for dots, positions in self._names.get((anchored, len(name)), {}).items():
-                best = min(best, positions.get(_without(name, dots), best))
+        for by_length, names in ((self._anchored, (module,)), (self._suffixes, suffixes(module))):
+            for name in names if by_length else ():
+                for shape, positions in by_length.get(len(name), {}).items():
+                    best = min(best, positions.get(_ANY.join([name[part] for part in _parts(shape)]), best))
         earlier = (i for i, expression in self._expressions if i < best and expression.matches(module))
         best = next(earlier, best)
         return self._keys[best] if best < len(self._keys) else None
 
     def _add_name(self, position: int, key: str) -> bool:
         """Keep a key that is a name; return False for one that is not, or whose shape is one too many."""
-        match = re.fullmatch(_NAME, key)
-        if match is None or len(key) > MAX_PATTERN:
+        if (found := _as_name(key)) is None:
             return False
-        name = re.sub(_ESCAPED_OR_DOT, lambda character: character[1] or _ANY, match[2])
-        dots = tuple(i for i, character in enumerate(name) if character == _ANY)
-        shapes = self._names.setdefault((bool(match[1]), len(name)), {})
-        if dots not in shapes and len(shapes) == _MOST_SHAPES:
+        anchored, name, shape = found
+        shapes = (self._anchored if anchored else self._suffixes).setdefault(len(name), {})
+        if shape not in shapes and len(shapes) == _MOST_SHAPES:
             return False
-        shapes.setdefault(dots, {}).setdefault(name, position)
+        shapes.setdefault(shape, {}).setdefault(name, position)
         return True
 
 
@@ -253,8 +256,23 @@ def compile_alike(pattern: str) -> regex.Pattern[str] | None:
         return None
 
 
-def _without(name: str, places: Iterable[int]) -> str:
-    characters = list(name)
-    for place in places:
-        characters[place] = _ANY
-    return "".join(characters)
+@lru_cache(maxsize=REMEMBERED)  # a module has a key for its rank and one for its alpha, and the next adapter has both
+def _as_name(key: str) -> tuple[bool, str, tuple[int, ...]] | None:
+    """Return whether a key that is a name begins with ^, the name, and its shape; None for an expression."""
+    match = re.fullmatch(_NAME, key)
+    if match is None or len(key) > MAX_PATTERN:
+        return None
+    name: str = match[2].replace(".", _ANY)
+    if "\\" in name:
+        name = re.sub(_ESCAPED_OR_DOT, lambda character: character[1] or _ANY, match[2])
+    return bool(match[1]), name, tuple(map(len, name.split(_ANY)))
+
+
+@lru_cache(maxsize=1024)
+def _parts(shape: tuple[int, ...]) -> list[slice]:
+    """Return where the parts of a name of this shape lie, between characters that may be any."""
+    parts, start = [], 0
+    for length in shape:
+        parts.append(slice(start, start + length))
+        start += length + 1
+    return parts

@@ -119,15 +119,17 @@ def align(inputs: Sequence[Input]) -> Aligned:
     modules: dict[str, list[Member]] = {}
     renamed: list[dict[str, str]] = []
     turned: list[str] = []
+    bare_names: dict[str, str] = {}
     for number, each in enumerate(inputs):
-        known = Counter(map(normalized, modules))
-        by_normalized = {normalized(path): path for path in modules if known[normalized(path)] == 1}
+        known = Counter(bare_names[path] for path in modules)
+        by_normalized = {bare_names[path]: path for path in modules if known[bare_names[path]] == 1}
         paths = {module: update.path(module) for module, update in each.adapter.updates.items()}
-        own = Counter(map(normalized, paths.values()))
+        bare_names |= {path: normalized(path) for path in paths.values() if path not in bare_names}
+        own = Counter(bare_names[path] for path in paths.values())
         common = {}
         for module, update in each.adapter.updates.items():
             path = paths[module]
-            bare = normalized(path)
+            bare = bare_names[path]
             alone = path not in modules and own[bare] == 1
             common[module] = by_normalized.get(bare, path) if alone else path
             members = modules.setdefault(common[module], [])

@@ -159,10 +159,9 @@ def _loaded(batch: _Batch) -> Factors:
     """Read the factors of a stack; those of a stack of experts lie one after the other."""
     terms = []
     for number in range(len(batch[0].weights)):
-        parts = [(module.weights[number], part) for module in batch for part in module.products[number]]
-        read = [(weight, *low_rank.arrays(part)) for weight, part in parts]
-        c = np.array([weight * scale for weight, _, _, scale in read])
-        terms.append((c, np.stack([left for _, left, _, _ in read]), np.stack([right for _, _, right, _ in read])))
+        weights = [module.weights[number] for module in batch for _ in module.products[number]]
+        left, right, scales = low_rank.stacked([part for module in batch for part in module.products[number]])
+        terms.append((np.multiply(weights, scales), left, right))
     return stacks.side_by_side(terms)
 
 
