@@ -51,34 +51,70 @@ INLINE uint64_t OF(with_any)(const Units *numbers, Units some)
     return mask;
 }
 
-/* All ones in each number whose bit is set. */
-INLINE Units OF(chosen)(uint64_t mask)
+/* A bit for each of CHUNK numbers that is more than so many; both are small. */
+INLINE uint64_t OF(with_more)(const Units *numbers, int than)
+{
+    uint64_t mask = 0;
+    Signed least = {0};
+    least += (short)than;
+#if WIDTH == 8 && SIZE == 2
+    for (int n = 0; n < OF(VECTORS); n += 2) {
+        __m256i x = (__m256i)((Signed)numbers[n] > least), y = (__m256i)((Signed)numbers[n + 1] > least);
+        uint32_t some = (uint32_t)_mm256_movemask_epi8(_mm256_permute4x64_epi64(_mm256_packs_epi16(x, y), 0xd8));
+        mask |= (uint64_t)some << n * OF(ACROSS);
+    }
+#elif WIDTH == 16 && SIZE == 2
+    for (int n = 0; n < OF(VECTORS); n++)
+        mask |= (uint64_t)_mm512_cmpgt_epi16_mask((__m512i)numbers[n], (__m512i)least) << n * OF(ACROSS);
+#elif WIDTH == 16
+    for (int n = 0; n < OF(VECTORS); n++)
+        mask |= (uint64_t)_mm512_cmpgt_epi32_mask((__m512i)numbers[n], (__m512i)least) << n * OF(ACROSS);
+#else
+    for (int n = 0; n < OF(VECTORS); n++) {
+        Units more = (Units)((Signed)numbers[n] > least);
+        mask |= OF(with)(more, more) << n * OF(ACROSS);
+    }
+#endif
+    return mask;
+}
+
+/* All ones in each of CHUNK numbers whose bit is set. */
+INLINE void OF(chosen)(uint64_t mask, Units *numbers)
 {
 #if WIDTH == 16 && SIZE == 2
-    return (Units)_mm512_movm_epi16((__mmask32)mask);
+    for (int n = 0; n < OF(VECTORS); n++) numbers[n] = (Units)_mm512_movm_epi16((__mmask32)(mask >> n * OF(ACROSS)));
 #elif WIDTH == 16
-    return (Units)_mm512_movm_epi32((__mmask16)mask);
+    for (int n = 0; n < OF(VECTORS); n++) numbers[n] = (Units)_mm512_movm_epi32((__mmask16)(mask >> n * OF(ACROSS)));
 #else
-    Units numbers, bits; /* at most 16 across */
+    Units bits; /* at most 16 across */
     for (int n = 0; n < OF(ACROSS); n++) bits[n] = (Unit)(1u << n);
-    numbers = (Units){0} + (Unit)mask;
-    return (Units)((numbers & bits) != 0);
+    for (int n = 0; n < OF(VECTORS); n++) {
+#if WIDTH == 8 && SIZE == 2
+        __m256i words = _mm256_set1_epi16((short)(2 * n | (2 * n + 1) << 8)); /* two bytes of the mask, in all numbers */
+        Units some = (Units)_mm256_shuffle_epi8(_mm256_set1_epi64x((int64_t)mask), words);
+#else
+        Units some = (Units){0} + (Unit)(mask >> n * OF(ACROSS));
+#endif
+        numbers[n] = (Units)((some & bits) == bits);
+    }
 #endif
 }
 
 /* Numbers whose lowest bits are ones, each so many: those of a rank that are open. */
-INLINE Units OF(ones)(Units count)
+INLINE Units OF(ones)(Units count, int dtype)
 {
-#if WIDTH == 8 && SIZE == 2 /* at most 10, for which shuffles of bytes are a table */
+#if WIDTH == 8 && SIZE == 2 /* at most 10, or 7 of BF16, for which shuffles of bytes are a table */
     const __m256i low = _mm256_setr_epi8(
         0, 1, 3, 7, 15, 31, 63, 127, -1, -1, -1, 0, 0, 0, 0, 0, 0, 1, 3, 7, 15, 31, 63, 127, -1, -1, -1, 0, 0, 0, 0, 0);
     const __m256i high = _mm256_setr_epi8(
         0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 3, 0, 0, 0, 0, 0);
+    if (dtype == BF16) return (Units)_mm256_shuffle_epi8(low, (__m256i)count); /* of none in the upper byte */
     __m256i all = _mm256_shuffle_epi8(low, _mm256_or_si256((__m256i)count, _mm256_set1_epi16((short)0x8000)));
     __m256i more = _mm256_slli_epi16((__m256i)count, 8);
     return (Units)_mm256_or_si256(all, _mm256_shuffle_epi8(high, _mm256_or_si256(more, _mm256_set1_epi16(0x80))));
 #else
     Units bit = {0};
+    (void)dtype;
     bit += 1;
     return (bit << count) - 1;
 #endif
@@ -165,21 +201,22 @@ INLINE void OF(encode_row)(
     enum { ACROSS = OF(ACROSS), VECTORS = OF(VECTORS) };
     Codes chunk;
     for (size_t j = 0; j < at->columns; j += CHUNK) {
-        Units fill[VECTORS], rank[VECTORS], spread[VECTORS], beyond[VECTORS], bit = {0};
+        Units rank[VECTORS], spread[VECTORS], beyond[VECTORS], side[VECTORS], any = {0}, bit = {0};
         OF(take)(&chunk, P, after, W, j, at->columns);
+        OF(chosen)(above[j / CHUNK], side);
         bit += 1;
         for (int n = 0; n < VECTORS; n++) {
             Units predicted = *(const Units *)(chunk.P + 4 * WIDTH * n), base = *(const Units *)(chunk.W + 4 * WIDTH * n);
-            Units side = OF(chosen)(above[j / CHUNK] >> n * ACROSS);
             spread[n] = (Units){0};
             if (after) spread[n] = OF(spread_of)(predicted, *(const Units *)(chunk.after + 4 * WIDTH * n), dtype);
             Units steps = OF(ordered)(base) - OF(ordered)(predicted);
-            steps = (steps ^ side) - side; /* negated where the prediction lies above */
+            steps = (steps ^ side[n]) - side[n]; /* negated where the prediction lies above */
             rank[n] = steps << 1 ^ (Units)((Signed)steps >> (8 * SIZE - 1));
-            fill[n] = OF(ones)(spread[n]);
-            beyond[n] = rank[n] & ~fill[n];
+            beyond[n] = rank[n] & ~OF(ones)(spread[n], dtype);
+            any |= beyond[n];
         }
-        uint64_t exceptions = OF(with_any)(beyond, ~(Units){0}), mask = OF(with_any)(fill, bit);
+        uint64_t exceptions = NAMED(any, WIDTH)((Bits)any) ? OF(with_any)(beyond, ~(Units){0}) : 0;
+        uint64_t mask = OF(with_more)(spread, 0);
         for (Bitstream *plane = planes; mask; plane++) {
             uint64_t bits = OF(with_any)(rank, bit);
             unsigned count = (unsigned)__builtin_popcountll(mask);
@@ -191,7 +228,7 @@ INLINE void OF(encode_row)(
                 append(plane, OF(picked)(bits >> 32, mask >> 32), count - first);
             }
             bit <<= 1;
-            mask = OF(with_any)(fill, bit);
+            mask = OF(with_more)(spread, (int)(plane - planes) + 1);
         }
         if (exceptions) {
             Unit ranks[CHUNK], spreads[CHUNK];
@@ -231,64 +268,59 @@ INLINE size_t OF(encode_as)(Tile *at, int dtype)
     return DONE;
 }
 
-/* Count, for each plane, the numbers of a row whose ranks have a bit there. */
-INLINE void OF(count_row)(const char *P, const char *after, size_t columns, size_t *counts, int dtype)
+/* Note which numbers of a row have ranks with a bit in each plane, for every chunk to the first plane without, and count
+ * them; return the end of the notes. */
+INLINE uint64_t *OF(open_row)(const char *P, const char *after, size_t columns, size_t *counts, uint64_t *notes, int dtype)
 {
     enum { VECTORS = OF(VECTORS) };
     Codes chunk;
     for (size_t j = 0; j < columns; j += CHUNK) {
-        Units fill[VECTORS], bit = {0};
+        Units spread[VECTORS];
         OF(take)(&chunk, P, after, NULL, j, columns);
-        bit += 1;
         for (int n = 0; n < VECTORS; n++) {
             Units predicted = *(const Units *)(chunk.P + 4 * WIDTH * n);
-            fill[n] = OF(ones)(OF(spread_of)(predicted, *(const Units *)(chunk.after + 4 * WIDTH * n), dtype));
+            spread[n] = OF(spread_of)(predicted, *(const Units *)(chunk.after + 4 * WIDTH * n), dtype);
         }
-        uint64_t mask = OF(with_any)(fill, bit);
-        for (size_t *plane = counts; mask; plane++) {
-            *plane += (size_t)__builtin_popcountll(mask);
-            bit <<= 1;
-            mask = OF(with_any)(fill, bit);
-        }
+        for (int plane = 0; (*notes++ = OF(with_more)(spread, plane)); plane++)
+            counts[plane] += (size_t)__builtin_popcountll(notes[-1]);
     }
+    return notes;
 }
 
-/* Put the floats of the ranks in place of a row's predictions; `next` is the first exception that was not met yet. */
-INLINE void OF(decode_row)(
-    const Tile *at, char *P, const char *after, const uint64_t *above, size_t place, size_t *places, size_t *next,
-    int dtype)
+/* Put the floats of the ranks in place of a row's predictions; `next` is the first exception that was not met yet.
+ * `notes` are those of the row; their end is returned. */
+INLINE const uint64_t *OF(decode_row)(
+    const Tile *at, char *P, const char *after, const uint64_t *above, size_t place, size_t *places,
+    const uint64_t *notes, size_t *next, int dtype)
 {
     enum { ACROSS = OF(ACROSS), VECTORS = OF(VECTORS) };
     Codes chunk;
     for (size_t j = 0; j < at->columns; j += CHUNK) {
-        Units fill[VECTORS], rank[VECTORS], spread[VECTORS], bit = {0};
+        Units rank[VECTORS], some[VECTORS], bit = {0};
         OF(take)(&chunk, P, after, NULL, j, at->columns);
         bit += 1;
-        for (int n = 0; n < VECTORS; n++) {
-            Units predicted = *(const Units *)(chunk.P + 4 * WIDTH * n);
-            spread[n] = rank[n] = (Units){0};
-            if (after) spread[n] = OF(spread_of)(predicted, *(const Units *)(chunk.after + 4 * WIDTH * n), dtype);
-            fill[n] = OF(ones)(spread[n]);
-        }
-        uint64_t mask = OF(with_any)(fill, bit);
-        for (size_t *plane = places; mask; plane++) {
+        for (int n = 0; n < VECTORS; n++) rank[n] = (Units){0};
+        for (size_t *plane = places; after && *notes; plane++, notes++) {
+            uint64_t mask = *notes, bits;
             unsigned count = (unsigned)__builtin_popcountll(mask), first = (unsigned)__builtin_popcount((uint32_t)mask);
-            uint64_t bits;
             if (count <= 56) bits = OF(laid)(bits_at(at->packed, *plane, count), mask);
             else
                 bits = OF(laid)(bits_at(at->packed, *plane, first), (uint32_t)mask) |
                        OF(laid)(bits_at(at->packed, *plane + first, count - first), mask >> 32) << 32;
             *plane += count;
-            for (int n = 0; n < VECTORS; n++) rank[n] |= OF(chosen)(bits >> n * ACROSS) & bit;
+            OF(chosen)(bits, some);
+            for (int n = 0; n < VECTORS; n++) rank[n] |= some[n] & bit;
             bit <<= 1;
-            mask = OF(with_any)(fill, bit);
         }
+        notes += after != NULL;
         size_t end = place + (j + CHUNK < at->columns ? j + CHUNK : at->columns);
         if (*next < at->exceptions && at->at[*next] < end) {
             Unit ranks[CHUNK], spreads[CHUNK];
             for (int n = 0; n < VECTORS; n++) {
+                Units predicted = *(const Units *)(chunk.P + 4 * WIDTH * n), spread = {0};
+                if (after) spread = OF(spread_of)(predicted, *(const Units *)(chunk.after + 4 * WIDTH * n), dtype);
                 *(Units *)(ranks + n * ACROSS) = rank[n];
-                *(Units *)(spreads + n * ACROSS) = spread[n];
+                *(Units *)(spreads + n * ACROSS) = spread;
             }
             for (; *next < at->exceptions && at->at[*next] < end; ++*next) { /* of two in one place the last counts */
                 size_t n = at->at[*next] - place - j;
@@ -297,14 +329,15 @@ INLINE void OF(decode_row)(
             for (int n = 0; n < VECTORS; n++) rank[n] = *(const Units *)(ranks + n * ACROSS);
         }
         char *to = j + CHUNK <= at->columns ? P + j * SIZE : chunk.some[0];
+        OF(chosen)(above[j / CHUNK], some);
         for (int n = 0; n < VECTORS; n++) {
-            Units predicted = *(const Units *)(chunk.P + 4 * WIDTH * n), side = OF(chosen)(above[j / CHUNK] >> n * ACROSS);
-            Units steps = rank[n] >> 1 ^ -(rank[n] & 1);
-            steps = (steps ^ side) - side;
+            Units predicted = *(const Units *)(chunk.P + 4 * WIDTH * n), steps = rank[n] >> 1 ^ -(rank[n] & 1);
+            steps = (steps ^ some[n]) - some[n];
             *(Units *)(to + 4 * WIDTH * n) = OF(ordered)(OF(ordered)(predicted) + steps);
         }
         if (to == chunk.some[0]) memcpy(P + j * SIZE, to, (at->columns - j) * SIZE);
     }
+    return notes;
 }
 
 INLINE size_t OF(decode_as)(Tile *at, int dtype)
@@ -312,13 +345,15 @@ INLINE size_t OF(decode_as)(Tile *at, int dtype)
     size_t columns = at->columns, words = (columns + CHUNK - 1) / CHUNK, places[MOST_PLANES + 1] = {0}, total = 0;
     size_t next = 0;
     int comparable = (int)at->source == dtype;
+    uint64_t *end = at->notes;
+    const uint64_t *notes = at->notes;
     Bits largest = {0};
     for (size_t i = 0, count; i < at->rows; i += count) {
         char *P = at->P + i * columns * SIZE;
         const char *after = at->after + i * columns * SIZE;
         count = NAMED(predict, WIDTH)(at, i, P, at->above + i * words, &largest, dtype);
         for (size_t row = 0; comparable && row < count; row++)
-            OF(count_row)(P + row * columns * SIZE, after + row * columns * SIZE, columns, places, dtype);
+            end = OF(open_row)(P + row * columns * SIZE, after + row * columns * SIZE, columns, places, end, dtype);
     }
     if (NAMED(is_special, WIDTH)(largest)) return SPECIAL;
     for (int bit = 0; bit < MOST_PLANES; bit++) { /* where each plane begins */
@@ -330,8 +365,8 @@ INLINE size_t OF(decode_as)(Tile *at, int dtype)
     turn(at->packed, at->packed_bytes);
     for (size_t i = 0; i < at->rows; i++) {
         const char *after = comparable ? at->after + i * columns * SIZE : NULL;
-        OF(decode_row)(
-            at, at->P + i * columns * SIZE, after, at->above + i * words, i * columns, places, &next, dtype);
+        notes = OF(decode_row)(
+            at, at->P + i * columns * SIZE, after, at->above + i * words, i * columns, places, notes, &next, dtype);
     }
     return DONE;
 }

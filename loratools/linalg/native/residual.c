@@ -46,6 +46,7 @@ typedef struct {
     uint64_t *above;                  /* memory for a bit for each number, rows rounded up to CHUNK */
     uint8_t *planes;                  /* memory for MOST_PLANES rows of bits, `room` bytes each */
     size_t room;
+    uint64_t *notes;                  /* memory for MOST_PLANES + 1 bits for each number, rows rounded up to CHUNK */
     uint32_t *at, *high;              /* (rows · columns): where ranks have more bits than `spread` says, and which */
     uint8_t *packed;                  /* the low bits of all ranks, plane after plane */
     size_t packed_bytes;
@@ -155,14 +156,20 @@ static int listed(Tile *at)
 #include <immintrin.h>
 #define TARGET __attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt")))
 #define WIDTH 8
-#define TOGETHER 3
+#define TOGETHER 6
+#define AT_ONCE 2
+#define BACK 3
 #include "residual.h"
 #undef TARGET
 #undef WIDTH
 #undef TOGETHER
+#undef AT_ONCE
+#undef BACK
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,popcnt")))
 #define WIDTH 16
 #define TOGETHER 8
+#define AT_ONCE 2
+#define BACK 8
 #include "residual.h"
 
 /* Return the widest vectors that this processor has: 16 or 8 numbers; 0 where NumPy has to do. */
@@ -181,6 +188,8 @@ size_t loratools_decode(Tile *at, size_t width) { return width == 16 ? decode_16
 #define TARGET
 #define WIDTH 4
 #define TOGETHER 2
+#define AT_ONCE 8
+#define BACK 2
 #include "residual.h"
 
 size_t loratools_residual_width(void) { return 4; }

@@ -26,6 +26,20 @@ INLINE uint32_t NAMED(having, WIDTH)(Bits numbers, Bits some)
 #endif
 }
 
+/* Whether any bit is set. */
+INLINE int NAMED(any, WIDTH)(Bits numbers)
+{
+#if WIDTH == 16
+    return _mm512_test_epi32_mask((__m512i)numbers, (__m512i)numbers) != 0;
+#elif WIDTH == 8
+    return !_mm256_testz_si256((__m256i)numbers, (__m256i)numbers);
+#else
+    uint32_t all = 0;
+    for (int n = 0; n < WIDTH; n++) all |= numbers[n];
+    return all != 0;
+#endif
+}
+
 /* A bit for each number of x that is greater. */
 INLINE uint32_t NAMED(greater, WIDTH)(Vector x, Vector y)
 {
@@ -52,13 +66,34 @@ INLINE Bits NAMED(larger, WIDTH)(Bits x, Bits y)
 #endif
 }
 
-/* Store the upper halves of numbers. */
-INLINE void NAMED(cut, WIDTH)(char *row, size_t j, Bits bits)
+/* Store the upper halves of 2 * WIDTH numbers from element j on. */
+INLINE void NAMED(cut, WIDTH)(char *row, size_t j, Bits x, Bits y)
 {
 #if WIDTH == 16
-    *(Halves *)(row + 2 * j) = (Halves)_mm512_cvtepi32_epi16((__m512i)(bits >> 16));
+    *(Halves *)(row + 2 * j) = (Halves)_mm512_cvtepi32_epi16((__m512i)(x >> 16));
+    *(Halves *)(row + 2 * (j + WIDTH)) = (Halves)_mm512_cvtepi32_epi16((__m512i)(y >> 16));
+#elif WIDTH == 8 /* what the compiler makes of a conversion takes several instructions more */
+    __m256i both = _mm256_packus_epi32((__m256i)(x >> 16), (__m256i)(y >> 16));
+    _mm256_storeu_si256((__m256i *)(row + 2 * j), _mm256_permute4x64_epi64(both, 0xd8));
 #else
-    *(Halves *)(row + 2 * j) = __builtin_convertvector(bits >> 16, Halves);
+    *(Halves *)(row + 2 * j) = __builtin_convertvector(x >> 16, Halves);
+    *(Halves *)(row + 2 * (j + WIDTH)) = __builtin_convertvector(y >> 16, Halves);
+#endif
+}
+
+/* A bit for each of LANES numbers of x that is greater. */
+INLINE uint32_t NAMED(all_greater, WIDTH)(const Vector *x, const Vector *y)
+{
+#if WIDTH == 8
+    __m256i over[4];
+    for (int n = 0; n < 4; n++) over[n] = (__m256i)_mm256_cmp_ps((__m256)x[n], (__m256)y[n], _CMP_GT_OQ);
+    __m256i low = _mm256_packs_epi32(over[0], over[1]), high = _mm256_packs_epi32(over[2], over[3]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* packing leaves fours of them apart */
+    return (uint32_t)_mm256_movemask_epi8(_mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+#else
+    uint32_t mask = 0;
+    for (int n = 0; n < LANES / WIDTH; n++) mask |= NAMED(greater, WIDTH)(x[n], y[n]) << n * WIDTH;
+    return mask;
 #endif
 }
 
@@ -91,7 +126,7 @@ INLINE void NAMED(before, WIDTH)(const Step *step, size_t i, float *P, size_t st
     size_t columns = step->to - step->from;
     for (size_t first = 0; first < columns; first += HALF_PANEL) {
         const double *right = step->right + first / LANES * LANES * step->rank + first % LANES;
-        Doubles sum[TOGETHER][VECTORS] = {{{0}}}; /* these stay in registers */
+        Doubles sum[BACK][VECTORS] = {{{0}}}; /* these stay in registers */
         for (size_t k = 0; k < step->rank; k++)
             for (int row = 0; row < count; row++)
                 for (int n = 0; n < VECTORS; n++)
@@ -117,41 +152,53 @@ INLINE void NAMED(before, WIDTH)(const Step *step, size_t i, float *P, size_t st
 static TARGET void NAMED(take_back, WIDTH)(const Step *step, size_t i, float *P, size_t stride, size_t rows)
 {
     size_t row = 0;
-    for (; row + TOGETHER <= rows; row += TOGETHER)
-        NAMED(before, WIDTH)(step, i + row, P + row * stride, stride, TOGETHER);
+    for (; row + BACK <= rows; row += BACK)
+        NAMED(before, WIDTH)(step, i + row, P + row * stride, stride, BACK);
     for (; row < rows; row++) NAMED(before, WIDTH)(step, i + row, P + row * stride, stride, 1);
 }
 
-/* Store predictions from element j on, rounded; return the bits of those that lie above what they were rounded to. */
-INLINE uint32_t NAMED(predicted, WIDTH)(char *P, size_t j, Vector number, int dtype)
+/* Store 2 * WIDTH predictions from element j on, rounded, and tell to what. */
+INLINE void NAMED(store, WIDTH)(char *P, size_t j, const Vector *number, Vector *rounded, int dtype)
 {
-    Vector rounded;
     if (dtype == BF16) {
-        Bits bits = (Bits)number;
-        bits += 0x7fff + ((bits >> 16) & 1);
-        rounded = (Vector)(bits & 0xffff0000);
-        NAMED(cut, WIDTH)(P, j, bits);
+        Bits bits[2];
+        for (int n = 0; n < 2; n++) {
+            bits[n] = (Bits)number[n];
+            bits[n] += 0x7fff + ((bits[n] >> 16) & 1);
+            rounded[n] = (Vector)(bits[n] & 0xffff0000);
+        }
+        NAMED(cut, WIDTH)(P, j, bits[0], bits[1]);
     } else {
-        NAMED(round_to, WIDTH)(P, j, number, dtype);
-        rounded = NAMED(widened, WIDTH)(P, j, dtype);
+        for (int n = 0; n < 2; n++) {
+            NAMED(round_to, WIDTH)(P, j + n * WIDTH, number[n], dtype);
+            rounded[n] = NAMED(widened, WIDTH)(P, j + n * WIDTH, dtype);
+        }
     }
-    return NAMED(greater, WIDTH)(number, rounded);
 }
 
-/* Round the predictions of LANES columns of one row, from `column` on: W' at `after`, the results at P.
+/* Store LANES predictions, rounded; return the bits of those that lie above what they were rounded to. */
+INLINE uint32_t NAMED(predicted, WIDTH)(char *P, const Vector *number, int dtype)
+{
+    enum { VECTORS = LANES / WIDTH };
+    Vector rounded[VECTORS];
+#pragma GCC unroll 8
+    for (int n = 0; n < VECTORS; n += 2) NAMED(store, WIDTH)(P, n * WIDTH, number + n, rounded + n, dtype);
+    return NAMED(all_greater, WIDTH)(number, rounded);
+}
+
+/* Round the predictions of LANES columns of one row: W' at `after`, the results at P.
  *
- * `sums` are those of the step in float32; `open` tells where their error could change a result. `changed`, a constant,
- * is 0 where nothing, or all, was taken back already. Returns the bits of those predictions that lie above what they
+ * `sums` are those of the step in float32, off by at most `error`, which is below 0 where they are exact; `open` tells
+ * where that could change a result. `changed`, a constant, is 0 where nothing, or all, was taken back already. Returns the bits of those predictions that lie above what they
  * were rounded to; `largest` gathers the largest bits met: magnitudes that are not finite exceed all others.
  */
 INLINE uint32_t NAMED(settle, WIDTH)(
-    const Step *step, size_t i, size_t column, const char *after, const float *sums, char *P, uint32_t *open,
-    Bits *largest, int changed, int source, int dtype)
+    const char *after, const float *sums, float error, char *P, uint32_t *open, Bits *largest, int changed, int source,
+    int dtype)
 {
     enum { VECTORS = LANES / WIDTH };
     const uint32_t bucket = dtype == BF16 ? ~0x7fffu : ~0xfffu; /* of float32: between a result and the middle to the next */
     Vector number[VECTORS];
-    uint32_t above = 0;
     *open = 0;
 #pragma GCC unroll 8
     for (int n = 0; n < VECTORS; n++) {
@@ -160,21 +207,21 @@ INLINE uint32_t NAMED(settle, WIDTH)(
         Bits magnitude = (Bits)number[n] & 0x7fffffff;
         *largest = NAMED(larger, WIDTH)(*largest, magnitude);
     }
-    if (changed && step->row_error[i] && step->panel_error[column / LANES]) {
-        float error = step->row_error[i] * step->panel_error[column / LANES];
-        error += 0x1p-120f; /* more than all that is lost below the smallest floats */
+    if (changed && error >= 0) {
+        Vector least[VECTORS], most[VECTORS];
+        Bits apart = {0}, all = {0}; /* beyond the bounds even after their own rounding, so that no end of a bucket is met */
+        all += bucket;
 #pragma GCC unroll 8
         for (int n = 0; n < VECTORS; n++) {
             Vector size = (Vector)((Bits)number[n] & 0x7fffffff);
-            Vector least = size * (1 - 0x1p-22f) - error, most = size * (1 + 0x1p-22f) + error;
-            Bits all = {0}; /* beyond the bounds even after their own rounding, so that no end of a bucket is met */
-            *open |= NAMED(having, WIDTH)((Bits)least ^ (Bits)most, all + bucket) << n * WIDTH;
+            least[n] = size * (1 - 0x1p-22f) - error, most[n] = size * (1 + 0x1p-22f) + error;
+            apart |= (Bits)least[n] ^ (Bits)most[n];
         }
+        if (NAMED(any, WIDTH)(apart & all))
+            for (int n = 0; n < VECTORS; n++)
+                *open |= NAMED(having, WIDTH)((Bits)least[n] ^ (Bits)most[n], all) << n * WIDTH;
     }
-#pragma GCC unroll 8
-    for (int n = 0; n < VECTORS; n++)
-        above |= NAMED(predicted, WIDTH)(P, n * WIDTH, number[n], dtype) << n * WIDTH;
-    return above;
+    return NAMED(predicted, WIDTH)(P, number, dtype);
 }
 
 /* left·right from a column on, a multiple of WIDTH: exact in float64, rounded once. */
@@ -227,12 +274,12 @@ INLINE uint64_t NAMED(once_more, WIDTH)(
         memcpy(P + column * 2, &half, 2);
         return number > rounded;
     }
-    char stored[4 * WIDTH] = {0}, rounded[2 * WIDTH];
+    char stored[4 * WIDTH] = {0}, made[4 * WIDTH];
     memcpy(stored, after + column * (source == F32 ? 4 : 2), source == F32 ? 4 : 2);
-    Vector number = NAMED(widened, WIDTH)(stored, 0, source) - sum;
-    uint64_t above = NAMED(predicted, WIDTH)(rounded, 0, number, dtype) & 1;
-    memcpy(P + column * 2, rounded, 2);
-    return above;
+    Vector number[2] = {NAMED(widened, WIDTH)(stored, 0, source) - sum}, rounded[2];
+    NAMED(store, WIDTH)(made, 0, number, rounded, dtype);
+    memcpy(P + column * 2, made, 2);
+    return number[0][0] > rounded[0][0];
 }
 
 /* Predict numbers of rows again of which float32 told too little: `i` is the first row among the step's. */
@@ -248,10 +295,10 @@ INLINE void NAMED(resolve, WIDTH)(
         unsigned place = doubt->column % CHUNK;
         if (__builtin_popcount(doubt->mask) > 4 && columns - doubt->column >= LANES) {
             bits &= ~(0xffffffffull << place);
-            for (size_t j = doubt->column; j < doubt->column + LANES; j += WIDTH) {
-                Vector number = NAMED(widened, WIDTH)(from, j, source) - NAMED(exact, WIDTH)(step, i + doubt->row, j);
-                bits |= (uint64_t)NAMED(predicted, WIDTH)(to, j, number, dtype) << j % CHUNK;
-            }
+            Vector number[LANES / WIDTH];
+            for (size_t n = 0, j = doubt->column; n < LANES / WIDTH; n++, j += WIDTH)
+                number[n] = NAMED(widened, WIDTH)(from, j, source) - NAMED(exact, WIDTH)(step, i + doubt->row, j);
+            bits |= (uint64_t)NAMED(predicted, WIDTH)(to + doubt->column * 2, number, dtype) << place;
         } else {
             for (uint32_t mask = doubt->mask; mask; mask &= mask - 1) {
                 unsigned n = (unsigned)__builtin_ctz(mask);
@@ -264,50 +311,70 @@ INLINE void NAMED(resolve, WIDTH)(
     }
 }
 
-/* Predict `count` rows, a constant where this is inlined, of 16 bit; `i` is the first of them among the step's.
+/* sums (count, LANES) = left·right; `count` is a constant where this is inlined. */
+INLINE void NAMED(product, WIDTH)(const float *left, const float *right, size_t rank, float (*sums)[LANES], int count)
+{
+    for (int j = 0; j < LANES; j += AT_ONCE * WIDTH) {
+        Vector sum[TOGETHER][AT_ONCE] = {{{0}}}; /* these stay in registers */
+        for (size_t k = 0; k < rank; k++)
+            for (int row = 0; row < count; row++)
+                for (int n = 0; n < AT_ONCE; n++)
+                    sum[row][n] += left[row * rank + k] * *(const Vector *)(right + k * LANES + j + n * WIDTH);
+        for (int row = 0; row < count; row++)
+            for (int n = 0; n < AT_ONCE; n++) *(Vector *)(sums[row] + j + n * WIDTH) = sum[row][n];
+    }
+}
+
+/* The same for any number of rows. */
+static TARGET __attribute__((noinline)) void NAMED(multiply, WIDTH)(
+    const float *left, const float *right, size_t rank, float (*sums)[LANES], size_t count)
+{
+    size_t row = 0;
+    for (; row + TOGETHER <= count; row += TOGETHER)
+        NAMED(product, WIDTH)(left + row * rank, right, rank, sums + row, TOGETHER);
+#if TOGETHER > 4
+    for (; row + 4 <= count; row += 4) NAMED(product, WIDTH)(left + row * rank, right, rank, sums + row, 4);
+#endif
+    for (; row + 2 <= count; row += 2) NAMED(product, WIDTH)(left + row * rank, right, rank, sums + row, 2);
+    for (; row < count; row++) NAMED(product, WIDTH)(left + row * rank, right, rank, sums + row, 1);
+}
+
+/* Predict at most TOGETHER rows of 16 bit; `i` is the first of them among the step's.
  *
- * `changed`, a constant too, is 0 where nothing is to be taken back; `above` has `words` for each row.
+ * `changed`, a constant where this is inlined, is 0 where nothing is to be taken back; `above` has `words` for each row.
  */
 INLINE void NAMED(rows_of, WIDTH)(
     const Step *step, size_t i, const char *after, char *P, uint64_t *above, size_t words, size_t columns,
-    Doubt *doubts, Bits *largest, int count, int changed, int source, int dtype)
+    Doubt *doubts, Bits *largest, size_t count, int changed, int source, int dtype)
 {
-    enum { VECTORS = LANES / WIDTH };
     size_t size = source == F32 ? 4 : 2, many = 0;
-    float sums[TOGETHER][LANES];
+    float sums[TOGETHER][LANES] __attribute__((aligned(64)));
     for (size_t first = 0; first < columns; first += LANES) {
         if (changed) {
             const float *left = step->near_left + i * step->rank, *right = step->near_right + first * step->rank;
-            Vector sum[TOGETHER][VECTORS] = {{{0}}}; /* these stay in registers */
-            for (size_t k = 0; k < step->rank; k++)
-                for (int row = 0; row < count; row++)
-                    for (int n = 0; n < VECTORS; n++)
-                        sum[row][n] += left[row * step->rank + k] * *(const Vector *)(right + k * LANES + n * WIDTH);
-            for (int row = 0; row < count; row++)
-                for (int n = 0; n < VECTORS; n++) *(Vector *)(sums[row] + n * WIDTH) = sum[row][n];
+            NAMED(multiply, WIDTH)(left, right, step->rank, sums, count);
         }
-        for (int row = 0; row < count; row++) {
+        float panel_error = changed ? step->panel_error[first / LANES] : 0;
+        for (size_t row = 0; row < count; row++) {
+            float error = -1, row_error = changed ? step->row_error[i + row] : 0;
+            if (row_error && panel_error) /* more than all that is lost below the smallest floats */
+                error = row_error * panel_error + 0x1p-120f;
             const char *from = after + (row * columns + first) * size;
             char *to = P + (row * columns + first) * 2;
             uint32_t bits, open;
             if (columns - first >= LANES) {
-                bits = NAMED(settle, WIDTH)(
-                    step, i + row, first, from, sums[row], to, &open, largest, changed, source, dtype);
+                bits = NAMED(settle, WIDTH)(from, sums[row], error, to, &open, largest, changed, source, dtype);
             } else { /* the last ones, with zeros after them */
                 char some[4 * LANES] = {0}, rounded[2 * LANES];
                 memcpy(some, from, (columns - first) * size);
-                bits = NAMED(settle, WIDTH)(
-                    step, i + row, first, some, sums[row], rounded, &open, largest, changed, source, dtype);
+                bits = NAMED(settle, WIDTH)(some, sums[row], error, rounded, &open, largest, changed, source, dtype);
                 bits &= (1u << (columns - first)) - 1;
                 open &= (1u << (columns - first)) - 1;
                 memcpy(to, rounded, (columns - first) * 2);
             }
             uint64_t *word = above + row * words + first / CHUNK;
             *word = first % CHUNK ? *word | (uint64_t)bits << LANES : bits;
-            if (changed) { /* without a branch: nobody can foretell it */
-                doubts[many] = (Doubt){(uint32_t)row, (uint32_t)first, open};
-                many += open != 0;
-            }
+            if (changed && open) doubts[many++] = (Doubt){(uint32_t)row, (uint32_t)first, open};
         }
     }
     if (changed) NAMED(resolve, WIDTH)(step, i, doubts, many, after, P, above, words, columns, source, dtype);
@@ -318,19 +385,8 @@ INLINE void NAMED(some_rows, WIDTH)(
     const Step *step, size_t i, const char *after, char *P, uint64_t *above, size_t words, size_t columns,
     Doubt *doubts, Bits *largest, size_t count, int source, int dtype)
 {
-    if (step && count == TOGETHER) {
-        NAMED(rows_of, WIDTH)(step, i, after, P, above, words, columns, doubts, largest, TOGETHER, 1, source, dtype);
-        return;
-    }
-    size_t size = source == F32 ? 4 : 2;
-    for (size_t row = 0; row < count; row++) {
-        const char *from = after + row * columns * size;
-        char *to = P + row * columns * 2;
-        uint64_t *bits = above + row * words;
-        if (step)
-            NAMED(rows_of, WIDTH)(step, i + row, from, to, bits, words, columns, doubts, largest, 1, 1, source, dtype);
-        else NAMED(rows_of, WIDTH)(NULL, 0, from, to, bits, words, columns, doubts, largest, 1, 0, source, dtype);
-    }
+    if (step) NAMED(rows_of, WIDTH)(step, i, after, P, above, words, columns, doubts, largest, count, 1, source, dtype);
+    else NAMED(rows_of, WIDTH)(NULL, 0, after, P, above, words, columns, doubts, largest, count, 0, source, dtype);
 }
 
 static TARGET void NAMED(divide, WIDTH)(const Step *step, size_t i, float *P, size_t columns, size_t rows)

@@ -49,7 +49,7 @@ class _Tile(ctypes.Structure):
         *((name, ctypes.c_size_t) for name in ("source", "dtype", "start", "rows", "columns")),
         *((name, ctypes.c_void_p) for name in ("numbers", "doubts", "above", "planes")),
         ("room", ctypes.c_size_t),
-        *((name, ctypes.c_void_p) for name in ("at", "high", "packed")),
+        *((name, ctypes.c_void_p) for name in ("notes", "at", "high", "packed")),
         ("packed_bytes", ctypes.c_size_t),
         ("raw", ctypes.c_void_p),
         *((name, ctypes.c_size_t) for name in ("form", "exceptions")),
@@ -215,7 +215,8 @@ class Coder:
         for name, size, dtype in (
             ("P", count, self._types[1]), ("numbers", MOST_ROWS * padded, np.float32),
             ("doubts", 3 * MOST_ROWS * (padded // LANES + 1), np.uint32), ("above", rows * words, np.uint64),
-            ("planes", MOST_PLANES * tile.room, np.uint8), ("at", count, np.uint32), ("high", count, np.uint32),
+            ("planes", MOST_PLANES * tile.room, np.uint8), ("notes", (MOST_PLANES + 1) * rows * words, np.uint64),
+            ("at", count, np.uint32), ("high", count, np.uint32),
             ("packed", MOST_PLANES * tile.room, np.uint8), ("raw", count // 2 + _MORE, np.uint8),
         ):  # fmt: skip
             self._held[name] = array = _memory.of(name, size, np.dtype(dtype))
