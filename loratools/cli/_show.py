@@ -12,12 +12,13 @@ from functools import cache
 from typing import Any
 
 from loratools.errors import printable
+from loratools.records import dataclass
 
 SCHEMA = 1
 """Version of the JSON documents: it changes when a key is removed or changes its meaning."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Report:
     """What a command found: `document` for --json, `text` for people: lines, which may be made as they are printed.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from loratools.recipe.text import Node, Scalar, Table
+from loratools.records import dataclass
 
 
 @dataclass(slots=True)

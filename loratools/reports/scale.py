@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+
+from loratools.records import dataclass
 
 LEVELS = 9
 """Colours of a scale. Their lightness alone tells them apart, so that they read without colour too."""

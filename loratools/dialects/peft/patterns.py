@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from loratools.adapter.naming.compact import REMEMBERED, suffixes
 from loratools.dialects.peft.isolated import Isolated
 from loratools.errors import UnsupportedAdapter
+from loratools.records import dataclass
 
 if TYPE_CHECKING:
     import regex

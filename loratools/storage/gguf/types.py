@@ -6,7 +6,8 @@ The table is that of the `gguf` package (`GGML_QUANT_SIZES`), which a test holds
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from loratools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from urllib.parse import unquote, urlsplit
 
 from loratools.errors import BadFile, InvalidOption
+from loratools.records import dataclass
 
 _SECRET = re.compile(r"(?<=://)[^/\s@\"']*@|\?[^\s\"'<>)]*|#[^\s\"'<>)]*")
 

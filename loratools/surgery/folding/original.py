@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
+from loratools.records import dataclass
 from loratools.storage import codecs, dtypes
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.codecs import Encoding, Module, Parts

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+
+from loratools.records import dataclass
 
 OPERATION = "carry"
 """What the provenance of a carried adapter calls it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from loratools.parallel import Progress, cores, no_progress, tasks
 from loratools.parallel.call import Call
 from loratools.parallel.executors import Workers, opened
 from loratools.parallel.shares import Part
+from loratools.records import dataclass
 from loratools.storage import atomic
 from loratools.storage.atomic import inputs, leftovers
 from loratools.storage.sources import session

@@ -19,7 +19,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from loratools import live
 from loratools.adapter.input import AdapterInput
 from loratools.errors import MissingExtra, UnsupportedAdapter
+from loratools.records import dataclass
 from loratools.storage import dtypes
 from loratools.storage.checkpoint import Checkpoint
 
