@@ -97,6 +97,19 @@ def test_what_a_small_command_leaves_alone(arguments: str, prepared: Path) -> No
     assert added & (NEVER | ALSO[arguments]) == set()
 
 
+@pytest.mark.skipif(not tiles.available(), reason="no C code that reads files")
+def test_a_merge_leaves_other_layouts_alone(prepared: Path) -> None:
+    added = imported(["merge", "base", "adapter", "-o", "alone"], prepared, WHOLE)
+    assert "loratools.engine.run" in added
+    others = {
+        "hmac", "multiprocessing", "pickle", "pickletools", "random", "secrets", "subprocess", "tempfile",
+        "zipfile", "loratools.storage.pickles.archive", "loratools.adapter.kinds.locon", "loratools.dialects.comfy",
+        "loratools.dialects.kohya.files", "loratools.dialects.diffusers.files", "loratools.dialects.megatron.files",
+        "loratools.dialects.torchtune", "loratools.dialects.loralib",
+    }  # fmt: skip
+    assert added & others == set()
+
+
 def test_help_needs_the_command_line_only(prepared: Path) -> None:
     ours = {name.split(".")[1] for name in imported(["--help"], prepared, WHOLE) if name.startswith("loratools.")}
     assert ours == {"__main__", "cli", "decisions", "errors", "options", "records", "storage", "version"}

@@ -6,7 +6,6 @@ whatever its size (Gupta et al. 2015, arXiv 1502.02551). The error of one elemen
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 from loratools.records import dataclass
@@ -55,9 +54,11 @@ class Stochastic:
 
     def _random(self, start: int, count: int) -> Array:
         """Return numbers below 2^16 for the elements [`start`, `start` + `count`)."""
+        from hashlib import blake2b  # most merges draw nothing
+
         import numpy as np
 
-        key = hashlib.blake2b(f"{self.seed}:{self.name}".encode(), digest_size=16).digest()
+        key = blake2b(f"{self.seed}:{self.name}".encode(), digest_size=16).digest()
         first = start // _PER_STEP
         source = np.random.Philox(key=np.frombuffer(key, "<u8"), counter=first)
         steps = -(-(start + count) // _PER_STEP) - first

@@ -20,7 +20,6 @@ from loratools.format.manifest import LAYERS, public, usual
 from loratools.storage.beside.paths import public_entries
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import RECORD
-from loratools.storage.gguf.container import read_container
 from loratools.storage.sources import origin
 from loratools.storage.strict_json import MAX_INDEX, parse_json_object, read_json
 from loratools.version import __version__
@@ -134,6 +133,8 @@ def read(model: Checkpoint) -> dict[str, Any]:
     It is in the header of a model that is one file, else beside the files.
     """
     if model.path.suffix == ".gguf":
+        from loratools.storage.gguf.container import read_container  # most models are of safetensors
+
         text = read_container(model.path).get(IN_FILE)
         return parse_json_object(text.encode(), model.path) if isinstance(text, str) else {}
     if is_in_file(model):

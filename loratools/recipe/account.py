@@ -70,38 +70,41 @@ def _entry(place: str, role: Role, dialect: Any, numbers: bool) -> dict[str, Any
         else:
             entry["schema"] = identity.schema_of(path)
         entry["content"] = content.result()
-    before = of(path)
+    before = of(path, role)
     if before and len(json.dumps(before)) <= MOST:
         entry[FIELD] = before
     return entry
 
 
-def of(path: Path) -> dict[str, Any] | None:
-    """Return the account in the record of what lies at a path; None where there is none, or none that is sound."""
+def of(path: Path, role: Role = "adapter") -> dict[str, Any] | None:
+    """Return the account in the record of what lies at a path; None where there is none, or none that is sound.
+
+    An adapter may lie in a folder below; a model (`role`) lies where it is said to, and no dialect is asked.
+    """
     try:
-        found = _read(path)
+        found = _read(path, role)
     except LoraToolsError:
         return None
     return found if is_sound(found) else None
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path, role: Role) -> Any:
     if path.suffix == ".gguf" and path.is_file():
         fields = read_container(path)
         if text := fields.get(ENTRY):
             return _parsed(text)
-    for file in _headers(path):
+    for file in _headers(path, role):
         if text := read_header(file).metadata.get(ENTRY):
             return _parsed(text)
     return record.read(Checkpoint.open(path)).get(FIELD)
 
 
-def _headers(path: Path) -> list[Path]:
+def _headers(path: Path, role: Role) -> list[Path]:
     """Return the safetensors files of an adapter; those of a model have its record beside them."""
     if path.is_file():
         return [path] if path.suffix == ".safetensors" else []
     try:
-        listing = located(Listing.of(path))
+        listing = Listing.of(path) if role == "model" else located(Listing.of(path))
     except (BadFile, UnsupportedAdapter):
         return []
     return [listing.folder / name for name in listing.weights if name.endswith(".safetensors")][:1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import field
 from pathlib import Path
@@ -160,6 +159,8 @@ def copy_companions(beside: Companions, folder: Path, texts: Mapping[str, str | 
 
     A name that is in `texts` alone is written too.
     """
+    from shutil import copyfile  # what only reads copies nothing
+
     written = {**beside.texts, **texts}
     for name in dict.fromkeys([*beside.sources, *written]):
         target, text = folder / name, written.get(name)
@@ -168,7 +169,7 @@ def copy_companions(beside: Companions, folder: Path, texts: Mapping[str, str | 
             target.write_text(text, encoding="utf-8", newline="\n")
         elif name not in written:
             see(beside.sources[name])
-            shutil.copyfile(beside.sources[name], target)
+            copyfile(beside.sources[name], target)
 
 
 def json_text(document: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.errors import UnsupportedAdapter
 from loratools.records import dataclass
@@ -14,11 +14,12 @@ from loratools.storage.atomic import names
 from loratools.storage.beside.along import is_index
 from loratools.storage.beside.links import refuse_outside
 from loratools.storage.codecs.state import BESIDE, with_beside
-from loratools.storage.gguf.container import Container, read_container
 from loratools.storage.header import TensorSpec, read_header
 from loratools.storage.pickles import SUFFIXES
-from loratools.storage.pickles.archive import read_pickled
 from loratools.storage.strict_json import read_json
+
+if TYPE_CHECKING:
+    from loratools.storage.gguf.container import Container
 
 GGUF = "A GGUF model is given by the path of its file."
 """What to do with a folder of GGUF files."""
@@ -69,8 +70,12 @@ def is_plain(name: str) -> bool:
 
 def open_shard(path: Path) -> Shard:
     if path.suffix == ".gguf":
+        from loratools.storage.gguf.container import read_container  # most models are of safetensors
+
         return Shard(path, read_container(path).tensors)
     if path.suffix in SUFFIXES:
+        from loratools.storage.pickles.archive import read_pickled
+
         return Shard(path, read_pickled(path))
     header = read_header(path)
     return Shard(path, header.tensors, header.metadata)
@@ -88,6 +93,8 @@ def gguf_config(path: Path) -> dict[str, Any]:
 
     Raises `UnsupportedAdapter` for an adapter, and for a part of a model that is split over files.
     """
+    from loratools.storage.gguf.container import read_container
+
     container = read_container(path)
     architecture, parts = container.get("general.architecture"), container.get("split.count")
     if container.get("general.type") == "adapter":
