@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from loratools.linalg.native import tiles
+from loratools.linalg.native import delta, tiles
 from tests.conftest import clean_env
 
 PROGRAM = """
@@ -144,3 +146,14 @@ print(json.dumps([code, sorted(slow)]), file=sys.stderr)
 def test_dataclasses_are_those_that_cost_little_to_define(arguments: str, prepared: Path, tmp_path: Path) -> None:
     places = [str(prepared / word) if (prepared / word).exists() else word for word in arguments.split()]
     assert imported(places, tmp_path, CLASSES) == set()
+
+
+def test_a_rank_is_extracted_without_torch(tmp_path: Path) -> None:
+    if not delta.available():
+        pytest.skip("the C code is not compiled, or does not serve here")
+    for name, seed in (("base", 1), ("tuned", 2)):
+        torch.manual_seed(seed)
+        weights = {f"layers.{i}.up_proj.weight": torch.randn(640, 300 * i).bfloat16() for i in (1, 2)}
+        save_file({**weights, "norm.weight": torch.randn(64)}, tmp_path / f"{name}.safetensors")
+    line = ["extract-svd", "base.safetensors", "tuned.safetensors", "-o", "out", "--rank", "8"]
+    assert "torch" not in imported(line, tmp_path)

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
+UNITS = {
+    "BF16": ("<u2", 2.0**-7, 2.0**-126), "F16": ("<f2", 2.0**-10, 2.0**-14), "F32": ("<f4", 2.0**-23, 2.0**-126),
+}  # fmt: skip
+"""Dtype, as files name it: how NumPy reads its numbers, the distance between them at 1, and the least normal one."""
+
 
 def ulp(W: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the distance between neighbouring numbers of `dtype` at each element of W, float32, shape of W.
@@ -29,6 +34,17 @@ def ulp(W: Tensor, dtype: torch.dtype) -> Tensor:
     # Clearing the significand bits of a float32 leaves the power of two below it.
     power = (W.float().contiguous().view(torch.int32) & 0x7F800000).view(torch.float32)
     return power.clamp_min(max(info.smallest_normal, 2.0**-126)) * info.eps
+
+
+def unit_squares(raw: bytes | bytearray, dtype: str) -> float:
+    """Return Σ ulp(w)² over the numbers whose bytes these are, of a dtype in `UNITS`, in float64 and without torch."""
+    import numpy as np
+
+    stored, eps, smallest = UNITS[dtype]
+    numbers = np.frombuffer(raw, stored)
+    bits = numbers.astype("<u4") << 16 if dtype == "BF16" else numbers.astype("<f4").view("<u4")
+    units = np.maximum((bits & 0x7F800000).view("<f4"), np.float32(smallest)).astype(float) * eps
+    return float(units @ units)
 
 
 def rounding_edge(W: Tensor, dtype: torch.dtype) -> float:

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from loratools.linalg.orthonormal import extend, gram
+from loratools.linalg.svd.basis import SUMS
 from loratools.linalg.svd.krylov import Krylov
 
 # Eight Gaussian probes all miss the leading direction (component below 0.1) with probability (0.2/√(2π))⁸ = 1.6e-9.
 _PROBES, _COMPONENT, _DEPTH = 8, 0.1, 5
 # Units of D's dtype that the factors are off, relative to ‖D‖_F: each of the two is rounded to half a unit.
 _ROUNDING = 1.0
-# Far more than sums of float32 products are off.
-_SUMS = 1e-4
 
 
 def excess_bound(
@@ -67,7 +66,7 @@ def energy_beyond(basis: Krylov, rank: int, lost2: float) -> float:
     multiplied = basis.V.to(torch.bfloat16).to(basis.V.dtype)
     largest = float(gram(multiplied, multiplied).abs().sum(1).max())  # ≥ λ₁(N), by Gershgorin
     beyond = math.sqrt(float(basis.spectrum()[rank:].sum()) / largest) - math.sqrt(lost2)
-    return (1 - _SUMS) * max(beyond, 0.0) ** 2
+    return (1 - SUMS) * max(beyond, 0.0) ** 2
 
 
 def spectral_norm2(D: Tensor, V: Tensor, *, seed: int) -> float:

@@ -25,25 +25,14 @@ from loratools.linalg.orthonormal import (
     well_conditioned,
 )
 from loratools.linalg.products import across, both, times
+from loratools.linalg.svd.basis import ALIKE, CAUTION, COARSE, EXTRA, EXTRA_BLOCKS, FAR, FASTEST, LEFT, SLOWEST
 from loratools.linalg.svd.start import sketched_start
 
-# Blocks, and columns, kept beyond the wanted rank before a restart; it bounds memory and the size of the small problem.
-_EXTRA_BLOCKS, _EXTRA = 6, 192
-# A gain of so many tolerances is not the last one.
-_FAR = 30
 _MOST_STEPS = 60
 # Random columns at once: each time as many as there were before, up to this.
 _MOST_FRESH = 256
 # Eight Gaussian columns all miss a direction (component below 0.1) with probability (0.2/√(2π))⁸ = 1.6e-9.
 _PROBES = 8
-# Values of θ this close to one another may be one repeated value to the iteration, for the few steps that it makes.
-_ALIKE = 1.1
-LEFT = 1e-2
-"""Below this share of ‖D‖², ‖D‖² - Σσ² is a difference of nearly equal numbers, and bfloat16 too coarse to seek it."""
-# A hundred times what rounding to bfloat16 puts into each direction: ‖D‖²·(2^-8)²/12 over the short side.
-_COARSE = 1e-4
-# The share by which a gain shrinks each step. Never trust less (luck) or more (a plateau) than these.
-_FASTEST, _SLOWEST = 0.1, 0.9
 
 
 class Krylov:
@@ -169,7 +158,7 @@ class Krylov:
         theta = self.spectrum()[:rank]
         copies = theta[self.fresh - 1 :]
         first = theta[: len(copies)]
-        alike = first <= _ALIKE * copies
+        alike = first <= ALIKE * copies
         return bool((alike if counted else alike & (copies > 1.001 * theta[-1])).any())
 
     def spectrum(self) -> Tensor:
@@ -237,7 +226,8 @@ def iterate(
     D is (m, n) with n ≤ m best; `norm2` is ‖D‖². `wanted(basis, complete)` says the rank that the singular values
     seen so far call for, or None for "show me more"; `complete` is true when no more exist, and `counted` tells that
     the rank hangs on the values. It is not asked before the basis has `least` columns. Stops when the
-    energy still to be won, estimated from the last two gains as a geometric series, is ≤ tolerance·(‖D‖² - captured).
+    energy still to be won, estimated from the last two gains as a geometric series, with caution, is
+    ≤ tolerance·(‖D‖² - captured).
     Returns the basis, the rank, and that estimate. Always returns: a spectrum that resists only costs steps, and beyond
     half of the short side the complete basis is cheaper than to go on. With `low` (see `Krylov`) it returns None where
     the digits do not suffice: what is left, or the last direction seen, is near their rounding, or the complete basis
@@ -261,7 +251,7 @@ def iterate(
         if basis.width < least and basis.step(onward=True):
             continue
         theta = basis.spectrum()
-        if low is not None and float(theta[-1]) <= _COARSE * norm2 / short:
+        if low is not None and float(theta[-1]) <= COARSE * norm2 / short:
             return None
         if float(theta[-1]) <= (4 * torch.finfo(D.dtype).eps) ** 2 * float(theta[0]):
             # Rounding is in the basis: either this is all of D, or there is more beside what the iteration can reach.
@@ -276,10 +266,10 @@ def iterate(
             gain = None
             if last is not None and last[0] == rank:
                 gain = max(captured - last[1], 0.0)
-                shrinks = gain / last[2] if last[2] else _SLOWEST
-                ratio = min(max(shrinks, _FASTEST), _SLOWEST)
+                shrinks = gain / last[2] if last[2] else SLOWEST
+                ratio = min(max(shrinks, FASTEST), SLOWEST)
                 estimate = gain * ratio / (1 - ratio)
-                if estimate <= max(tolerance * left, 1e-14 * norm2):
+                if estimate <= max(tolerance / CAUTION * left, 1e-14 * norm2):
                     if not basis.hides(rank, counted=counted):
                         return basis, rank, estimate
                     if not refreshed():
@@ -287,10 +277,10 @@ def iterate(
                     last = None
                     continue
             last = (rank, captured, gain)
-            if basis.width + block > rank + max(_EXTRA_BLOCKS * block, _EXTRA) and basis.width < short // 2:
+            if basis.width + block > rank + max(EXTRA_BLOCKS * block, EXTRA) and basis.width < short // 2:
                 basis.restart(rank + block)
                 continue
-        if not basis.step(onward=last is None or last[2] is None or last[2] > _FAR * tolerance * left):
+        if not basis.step(onward=last is None or last[2] is None or last[2] > FAR * tolerance * left):
             if not refreshed():
                 return whole(basis)
             last = None

@@ -18,17 +18,13 @@ from loratools.linalg.precision import full_float32
 from loratools.linalg.products import Rounded
 from loratools.linalg.ranks.rules import Fixed, RankRule, Spectrum
 from loratools.linalg.svd import krylov
+from loratools.linalg.svd.basis import LEFT, MODERATE, block_of, is_exact
 from loratools.linalg.svd.certificate import energy_beyond, excess_bound
 
-# Up to this short side the exact solution is as fast as a sketch; up to the next it is used for large ranks.
-_EXACT_SIDE = 256
-_EXACT_SIDE_LARGE_RANK = 512
 # Below this share of ‖D‖² the residual is summed itself.
-_CANCELLED = krylov.LEFT
+_CANCELLED = LEFT
 # Below this float32 has no digits left for the residual; one step of subspace iteration in float64 then follows.
 _AT_ROUNDING = 1e-5
-# ‖D‖_F within these powers of two: no square of what matters in it over- or underflows in float32.
-_MODERATE = 40
 # Of the tolerance, where a rule chooses the rank: it hangs on single singular values, not only on their sum.
 _FINER = 0.1
 # Directions beyond the rank that go into the last products with them, where a rule chooses the rank by the result.
@@ -116,7 +112,7 @@ def truncated_svd(
         return TruncatedSVD(D.new_empty(m, 0), nothing, D.new_empty(0, n), 0.0, 0.0, 0.0, 0.0, "zero", None, 0)
     chosen: RankRule = Fixed(rule) if isinstance(rule, int) else rule
     power = math.frexp(math.sqrt(norm2))[1]
-    if abs(power) <= _MODERATE:
+    if abs(power) <= MODERATE:
         power = 0
     else:  # by a power of two, which rounds nothing, in two factors that float32 can hold
         D = D * 2.0 ** -(power // 2) * 2.0 ** -(power - power // 2)
@@ -213,12 +209,10 @@ def _basis(
     """Return a basis, the rank, what may be missing, the method, and of a `rounded` D what it proves to lie beyond."""
     short, counted = D.shape[1], not isinstance(wanted.rule, Fixed)
     fixed = wanted.rule.r if isinstance(wanted.rule, Fixed) else 16
-    if short <= _EXACT_SIDE or (short <= _EXACT_SIDE_LARGE_RANK and 8 * fixed > short) or 2 * fixed >= short:
+    if is_exact(short, fixed):
         basis = krylov.Krylov.exact(D)
         return basis, wanted(basis, True) or 1, 0.0, "gram", None
-    # Narrow, so that the basis deepens: with half the rank a quarter fewer products do. Those in bfloat16 cost little
-    # beside reading D, which is read less often for wide blocks.
-    narrow, wide = (min(64, max(16, -(-fixed // (16 * share)) * 16)) for share in (2, 1))
+    narrow, wide = block_of(fixed, wide=False), block_of(fixed, wide=True)
     tolerance = _FINER * tolerance if counted else tolerance
     iterate = partial(krylov.iterate, D, norm2, wanted, tolerance=tolerance, seed=seed, counted=counted)
     if rounded is not None and (found := iterate(block=wide, least=fixed + wide, low=rounded.low)):
@@ -228,7 +222,7 @@ def _basis(
         basis.products += rough.products
         last = wanted(basis, False)
         captured = float(basis.spectrum()[:last].sum()) if last is not None and last <= basis.width else norm2
-        if last is not None and norm2 - captured >= krylov.LEFT * norm2:
+        if last is not None and norm2 - captured >= LEFT * norm2:
             return basis, last, estimate, "krylov", energy_beyond(rough, last, rounded.lost2)
     found = iterate(block=narrow, least=fixed + narrow)
     assert found is not None  # without `low` it always returns

@@ -7,7 +7,8 @@ no low-rank form is saved whole, so that base + adapter is the fine-tune but for
     pairs         every tensor of the fine-tune beside its counterpart, and what is to become of its change
     sweep         one pass over all pairs, several at a time
     read          two tensors side by side: ΔW, its norms, both digests
-    factor        one ΔW becomes factors, or a stack of experts, or a few changed rows of an embedding
+    decompose     one ΔW becomes factors, with their certificate
+    factor        that for each ΔW by the options, or a stack of experts, or a few changed rows of an embedding
     spool         factors on disk while the extraction runs
     single        the adapter as one file
     updates       from factors to the updates of each kind
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -181,7 +183,8 @@ def extract(
     decided("%s beside %s: %s if they differ; sketches of seed %d, tolerance %g", tuned.path, base.path,
             ", ".join(f"{count} tensors {plan}" for plan, count in planned.items()), seed, tolerance)  # fmt: skip
     opened = atomic.new_files(output, (), force=force) if single else atomic.new_folder(output, force=force)
-    with place(opened) as scratch, computing(options.computes_on):
+    on = nullcontext() if options.computes_on == "cpu" else computing(options.computes_on)
+    with place(opened) as scratch, on:
         spool = Spool(scratch / ".factors")
         work = Sweep(base, tuned, pairing, options, spool, progress or no_progress, coded, ahead.found())
         outcomes, hashes = work.run(threads or cores())

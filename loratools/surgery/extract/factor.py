@@ -8,33 +8,27 @@ and ones, which selects the tokens, and B (d, n): n·(V + d) numbers where the w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
-import torch
+import numpy as np
 
-from loratools.engine.lane import Lane
-from loratools.errors import LoraToolsError
-from loratools.linalg.factored import rounding2
-from loratools.linalg.products import Rounded
 from loratools.linalg.ranks.noise import rounding_edge
 from loratools.linalg.ranks.rules import Fixed, RankRule
-from loratools.linalg.svd.truncated import TruncatedSVD, residual2, truncated_svd
-from loratools.parallel import Progress, no_progress
+from loratools.parallel import Progress, no_progress, one_torch_thread
 from loratools.storage import dtypes, files
 from loratools.storage.digest import Hasher
 from loratools.storage.header import TensorSpec
+from loratools.surgery.extract.decompose import Decomposed, decompose
 from loratools.surgery.extract.options import ExtractOptions
 from loratools.surgery.extract.pairs import Pair
 from loratools.surgery.extract.read import Delta, common_dtype, one_of, read_delta
 from loratools.surgery.extract.spool import Spool, Spooled
 
+Array = np.ndarray[Any, np.dtype[Any]]
+
 MOST_ROWS = 64
 """Beyond these the selection costs more than it is worth, and the embedding is saved whole."""
-
-# Below this share of ‖ΔW‖² the error is float32's own, and the error of the stored factors is measured, not added up.
-_AT_ROUNDING = 1e-10
-# Singular values above which the factors have all of float32's digits, but for numbers that are nothing beside others.
-_LARGE_ENOUGH = 1e-40
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +59,8 @@ class Factored:
         """Return what storing the leading `rank` factors in `dtype` adds to the squared error."""
         if rank == len(self.sigma):
             return self.rounded2
+        from loratools.linalg.factored import rounding2
+
         wanted = dtypes.to_torch(dtype)
         B, A = self.factors.load(rank)
         B, A = B.view(self.blocks, -1, rank), A.view(rank, self.blocks, -1).transpose(0, 1)
@@ -76,13 +72,12 @@ def factor(
     spool: Spool, rule: RankRule | None = None,
 ) -> Factored:  # fmt: skip
     """Return the truncated SVD of a ΔW at the rank that the options choose, or a `rule` given here."""
-    D, rounded = _oriented(delta, pair.transposed or pair.kind == "embedding")
-    assert D is not None
     rule = rule or _first_rule(tuned, shapes, options)
-    svd, factors, rounded2 = _decompose(D, rounded, delta.norm2, rule, options)
+    found = decompose(delta, rule, options, transposed=pair.transposed or pair.kind == "embedding")
+    sides = len(found.B), found.A.shape[1]
     return Factored(
-        spool.add(*factors), tuple(svd.S.tolist()), _is_complete(svd.rank, D.shape, rule), svd.error2,
-        rounded2, svd.excess_estimate, svd.excess_bound, rounded=svd.rounded,
+        spool.add(found.B, found.A), tuple(found.sigma.tolist()), _is_complete(found.rank, sides, rule), found.error2,
+        found.rounded2, found.excess2, found.bound2, rounded=found.rounded,
     )  # fmt: skip
 
 
@@ -97,17 +92,14 @@ def factor_stack(
     is no SVD. `hashers` take in what is read of both stacks, `progress` how much it was.
     """
 
-    def look(e: int, rule: RankRule, told: Progress, hashers: Sequence[Hasher]) -> tuple[Delta, TruncatedSVD | None]:
+    def look(e: int, rule: RankRule, told: Progress, hashers: Sequence[Hasher]) -> tuple[Delta, Decomposed | None]:
         old, new = one_of(base, e), one_of(tuned, e)
         delta = read_delta(old, new, told, keep=True, rounded=options.rounds, hashed=False, hashers=hashers)
-        D, rounded = _oriented(delta, pair.transposed)
-        if D is None:
+        if delta.D is None:
             return delta, None
-        svd, _, rounded2[e] = _decompose(D, rounded, delta.norm2, rule, options)
-        return delta, svd
+        return delta, decompose(delta, rule, options, transposed=pair.transposed)
 
     shown, energies = [], []
-    rounded2: dict[int, float] = {}
     for e in range(tuned.shape[0]):
         used = rule or _first_rule(one_of(tuned, e), shapes, options)
         delta, svd = look(e, used, progress, hashers)
@@ -125,35 +117,38 @@ def factor_stack(
     B, A, sigma2 = _stacked(shown, sides, common_dtype(base, tuned))
     factored = Factored(
         spool.add(B, A), tuple(value**0.5 for value in sigma2), _is_complete(len(sigma2), sides, used),
-        sum(svd.error2 for svd in svds), sum(rounded2.values()),
-        sum(svd.excess_estimate for svd in svds), sum(svd.excess_bound for svd in svds), len(shown),
+        sum(svd.error2 for svd in svds), sum(svd.rounded2 for svd in svds),
+        sum(svd.excess2 for svd in svds), sum(svd.bound2 for svd in svds), len(shown),
         any(svd.rounded for svd in svds),
     )  # fmt: skip
     return factored, norm2, base_norm2, noise2
 
 
 def _stacked(
-    shown: Sequence[TruncatedSVD | None], sides: tuple[int, ...], dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    shown: Sequence[Decomposed | None], sides: tuple[int, ...], dtype: type[np.floating[Any]]
+) -> tuple[Array, Array, list[float]]:
     """Return B (E·out, r), A (r, E·in), and the energy of each direction summed over the experts."""
     rank, (out, inner) = max(svd.rank for svd in shown if svd), sides
-    B = torch.zeros(len(shown), out, rank, dtype=dtype)
-    A = torch.zeros(rank, len(shown), inner, dtype=dtype)
-    sigma2 = torch.zeros(rank, dtype=torch.float64)
+    B = np.zeros((len(shown), out, rank), dtype)
+    A = np.zeros((rank, len(shown), inner), dtype)
+    sigma2 = np.zeros(rank)
     for e, svd in enumerate(shown):
         if svd is not None:
-            B[e, :, : svd.rank], A[: svd.rank, e] = svd.factors()
-            sigma2[: svd.rank] += svd.S.square()
-    return B.view(-1, rank), A.view(rank, -1), sigma2.tolist()
+            B[e, :, : svd.rank], A[: svd.rank, e] = svd.B, svd.A
+            sigma2[: svd.rank] += np.square(svd.sigma)
+    return B.reshape(-1, rank), A.reshape(rank, -1), sigma2.tolist()
 
 
-def row_factors(base: TensorSpec, tuned: TensorSpec, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def row_factors(base: TensorSpec, tuned: TensorSpec, rows: Sequence[int]) -> tuple[Array, Array]:
     """Return B (d, n) and A (n, V) of the rows that changed, float32 (float64 where one of the two is)."""
+    import torch
+
     wide = common_dtype(base, tuned)
-    old, new = ([files.read_tensor(one_of(spec, row)).to(wide) for row in rows] for spec in (base, tuned))
-    A = torch.zeros(len(rows), tuned.shape[0], dtype=wide)
-    A[torch.arange(len(rows)), torch.tensor(rows)] = 1
-    return torch.stack(new, 1) - torch.stack(old, 1), A
+    twin = torch.float64 if wide is np.float64 else torch.float32
+    old, new = ([files.read_tensor(one_of(spec, row)).to(twin) for row in rows] for spec in (base, tuned))
+    A = np.zeros((len(rows), tuned.shape[0]), wide)
+    A[np.arange(len(rows)), list(rows)] = 1
+    return (torch.stack(new, 1) - torch.stack(old, 1)).numpy(), A
 
 
 def is_sparse(pair: Pair, delta: Delta, shape: tuple[int, ...]) -> bool:
@@ -171,50 +166,8 @@ def _is_complete(rank: int, sides: Sequence[int], rule: RankRule) -> bool:
     return rank == min(sides) or (isinstance(rule, Fixed) and rank < rule.r)
 
 
-def _oriented(delta: Delta, transposed: bool) -> tuple[torch.Tensor | None, Rounded | None]:
-    """Return D, and D in bfloat16, as the module has it."""
-    D, rounded = delta.D, delta.rounded
-    if not transposed:
-        return D, rounded
-    return None if D is None else D.T, None if rounded is None else rounded.T
-
-
-def _decompose(
-    D: torch.Tensor, rounded: Rounded | None, norm2: float, rule: RankRule, options: ExtractOptions
-) -> tuple[TruncatedSVD, tuple[torch.Tensor, torch.Tensor], float]:
-    """Return the truncated SVD of a matrix, whose ‖D‖² is known, its balanced factors, and what storing them costs.
-
-    It is made on the options' device, and is in the processor's memory then.
-    """
-    lane = Lane.of(options.computes_on)
-    with lane.open():
-        D = lane.send(D)
-        svd = truncated_svd(
-            D, rule, tolerance=options.tolerance, seed=options.seed, max_rank=options.rank_choice.maximum,
-            probe=options.tight, norm2=norm2, rounded=rounded,
-        )  # fmt: skip
-        B, A = svd.factors()
-        rounded2 = _stored2(D, svd, (B, A), options.stored)
-        return replace(svd, U=svd.U.cpu(), Vh=svd.Vh.cpu()), (B.cpu(), A.cpu()), rounded2
-
-
-def _stored2(D: torch.Tensor, svd: TruncatedSVD, factors: tuple[torch.Tensor, torch.Tensor], dtype: str) -> float:
-    """Return what storing the balanced factors of D in a dtype adds to the squared error, which it may also lessen.
-
-    Raises `LoraToolsError` where a factor has a number beyond the dtype.
-    """
-    wanted, root = dtypes.to_torch(dtype), svd.S.sqrt().to(D.device)
-    B, A = (factor.to(wanted) for factor in factors)
-    if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
-        raise LoraToolsError(f"its factors have numbers beyond {dtype}; BF16 and F32 hold them (--dtype)")
-    if svd.error2 <= _AT_ROUNDING * svd.norm2:  # the two roundings are of one size then, and not independent
-        return residual2(D, B, A) - svd.error2
-    if B.dtype == svd.U.dtype and float(svd.S[-1]) > _LARGE_ENOUGH:
-        return 0.0  # the rounding of float32 factors is less than 1e-13 of what they hold
-    return rounding2((svd.U.double() * root, root[:, None] * svd.Vh.double()), (B, A))
-
-
 def _noise_edge(spec: TensorSpec) -> float:
     """Return the largest singular value that rounding this weight to its dtype can leave."""
-    W: torch.Tensor = files.read_tensor(spec)
-    return rounding_edge(W.view(len(W), -1), W.dtype)
+    with one_torch_thread():
+        W = files.read_tensor(spec)
+        return rounding_edge(W.view(len(W), -1), W.dtype)

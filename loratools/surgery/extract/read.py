@@ -1,4 +1,7 @@
-"""Read two tensors side by side: ΔW in float32, its norms, the rows that changed, and both digests, in one pass."""
+"""Read two tensors side by side: ΔW in float32, its norms, the rows that changed, and both digests, in one pass.
+
+Tensors of BF16, F16 and F32 are read without torch.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import local
+from typing import Any
 
 import numpy as np
-import torch
 
 from loratools.errors import BadFile
 from loratools.linalg.native import delta
-from loratools.linalg.orthonormal import frobenius2
-from loratools.linalg.products import Rounded
-from loratools.linalg.ranks.noise import ulp
-from loratools.parallel import Progress
+from loratools.linalg.ranks.noise import UNITS, ulp, unit_squares
+from loratools.parallel import Progress, one_torch_thread
 from loratools.storage import digest, dtypes, files
 from loratools.storage.checkpoint import values
 from loratools.storage.checkpoint.logical import stored_parts
@@ -29,6 +30,8 @@ TILE = 1 << 20
 
 _OWN = local()
 
+Array = np.ndarray[Any, np.dtype[Any]]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Delta:
@@ -38,8 +41,8 @@ class Delta:
     lists the rows (of the first dimension) that differ, where D is not kept. `D` is W' − W in float32
     (float64 where one of them is), as a matrix (first dimension, the rest), if it was asked for. `digests` are those of
     base and fine-tune, of codes by value (`storage/checkpoint/values.py`). `noise2` is the energy that rounding W' to
-    its dtype alone accounts for, from a sample. `rounded` is D in bfloat16, if it was asked for and this processor has
-    products with it.
+    its dtype alone accounts for, from a sample. `low` are the bits of D in bfloat16, if that was asked for and this
+    processor has products with it, and `lost2` is what they lack of `norm2`.
     """
 
     base_norm2: float
@@ -47,8 +50,9 @@ class Delta:
     rows: tuple[int, ...]
     digests: tuple[str, str]
     noise2: float = 0.0
-    D: torch.Tensor | None = field(default=None, repr=False)
-    rounded: Rounded | None = field(default=None, repr=False)
+    D: Array | None = field(default=None, repr=False)
+    low: Array | None = field(default=None, repr=False)
+    lost2: float = 0.0
 
 
 def one_of(spec: TensorSpec, number: int) -> TensorSpec:
@@ -78,9 +82,9 @@ class _Part:
             yield lambda buffer, offset: read(buffer, self.offset + offset)
 
 
-def common_dtype(base: TensorSpec, tuned: TensorSpec) -> torch.dtype:
+def common_dtype(base: TensorSpec, tuned: TensorSpec) -> type[np.floating[Any]]:
     """Return the dtype of the difference of two tensors: float32, or float64 where one of them is."""
-    return torch.float64 if "F64" in (base.dtype, tuned.dtype) else torch.float32
+    return np.float64 if "F64" in (base.dtype, tuned.dtype) else np.float32
 
 
 def _columns(spec: TensorSpec) -> int:
@@ -105,26 +109,33 @@ def read_delta(
     columns, wide = _columns(tuned), common_dtype(base, tuned)
     shape = tuned.parameters // columns, columns
     D = _scratch("D", shape, wide) if keep else None
-    rounded = rounded and wide == torch.float32 and delta.differs(base.dtype, tuned.dtype) and Rounded.serves(shape)
-    low = _scratch("low", shape, torch.bfloat16) if keep and rounded else None
-    work = torch.empty(0, dtype=wide)
+    known_to_c = wide is np.float32 and delta.differs(base.dtype, tuned.dtype)
+    even = len(shape) == 2 and shape[0] % 2 == shape[1] % 2 == 0
+    rounded = rounded and keep and known_to_c and even and delta.multiplies_bf16()
+    low = _scratch("low", shape, np.uint16) if rounded else None
+    work = np.empty(0, wide)
     base_norm2 = norm2 = lost2 = 0.0
     rows: list[int] = []
-    for start, raw, pair in files.row_tiles((base, tuned), columns, TILE):
+    for start, count, raw in files.row_pieces((base, tuned), columns, TILE):
         for one, hasher, spec, piece in zip(known, own, (base, tuned), raw, strict=True):
             if hashed and one is None:
                 hasher.update(values.plain(spec, piece))
         for hasher, piece in zip(hashers, raw, strict=False):
             hasher.update(piece)
-        count = len(pair[0])
-        target = work.resize_(pair[0].shape) if D is None else D[start : start + count]
+        if D is None and work.size != count * columns:
+            work = np.empty(count * columns, wide)
+        target = work.reshape(count, columns) if D is None else D[start : start + count]
         lows = None if low is None else low[start : start + count]
-        change2, before2, rest2 = _subtract(raw, pair, (base.dtype, tuned.dtype), target, lows)
+        subtract = _subtract if known_to_c else _subtract_any
+        change2, before2, rest2 = subtract(raw, (base.dtype, tuned.dtype), target, lows)
+        if not change2 < math.inf and base.dtype == tuned.dtype and bytes(raw[0]) == bytes(raw[1]):
+            target[:] = 0  # a number that is not finite, in both: masks of attention have such
+            change2, rest2 = 0.0, 0.0
         base_norm2 += before2
         norm2 += change2
         lost2 += rest2
         if change2 and not keep:
-            rows += (target.any(1).nonzero()[:, 0] + start).tolist()
+            rows += (np.flatnonzero(target.any(1)) + start).tolist()
         progress(sum(len(piece) for piece in raw))
     if norm2 and not (norm2 < math.inf and base_norm2 < math.inf):
         wrong = tuned if base_norm2 < math.inf else base
@@ -133,49 +144,56 @@ def read_delta(
     if hashed and old == new:  # also of codes and of the 16-bit numbers that they stand for: no change but a rounding
         norm2, rows, D = 0.0, [], None
     noise2 = rounding_energy(tuned) if norm2 and keep else 0.0
-    small = Rounded(low, lost2) if norm2 and low is not None else None
-    return Delta(base_norm2, norm2, tuple(rows), (old, new), noise2, D if norm2 else None, small)
+    if not norm2:
+        D = low = None
+    return Delta(base_norm2, norm2, tuple(rows), (old, new), noise2, D, low, lost2)
 
 
 def _subtract(
-    raw: list[memoryview], pair: list[torch.Tensor], dtypes: tuple[str, str], target: torch.Tensor,
-    low: torch.Tensor | None,
-) -> tuple[float, float, float]:  # fmt: skip
-    """Store W' − W of a tile in `target`, and in `low`; return ‖W' − W‖², ‖W‖² and what `low` lacks of the first.
-
-    Tiles of the same bytes do not differ.
-    """
-    before, after = pair
-    rest2 = 0.0
-    if target.dtype == torch.float32 and delta.differs(*dtypes):
-        bits = None if low is None else low.view(torch.int16).numpy().view(np.uint16)
-        change2, before2, rest2 = delta.difference(raw[0], raw[1], dtypes, target.numpy(), bits)
-    else:
-        before2 = frobenius2(target.copy_(before))
-        change2 = frobenius2(target.copy_(after).sub_(before))
-    if not change2 < math.inf and dtypes[0] == dtypes[1] and bytes(raw[0]) == bytes(raw[1]):
-        target.zero_()  # a number that is not finite, in both: masks of attention have such
-        return 0.0, before2, 0.0
-    return change2, before2, rest2
+    raw: list[memoryview], dtypes: tuple[str, str], target: Array, low: Array | None
+) -> tuple[float, float, float]:
+    """Store W' − W of a tile in `target`, and in `low`; return ‖W' − W‖², ‖W‖² and what `low` lacks of the first."""
+    return delta.difference(raw[0], raw[1], dtypes, target, low)
 
 
-def _scratch(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+def _subtract_any(
+    raw: list[memoryview], names: tuple[str, str], target: Array, low: Array | None
+) -> tuple[float, float, float]:
+    """Do the same for every dtype that torch has; nothing is rounded."""
+    import torch
+
+    from loratools.linalg.orthonormal import frobenius2
+
+    before, after = (
+        torch.frombuffer(piece, dtype=dtypes.to_torch(name)).view(target.shape)
+        for piece, name in zip(raw, names, strict=True)
+    )
+    change = torch.from_numpy(target)
+    with one_torch_thread():  # its sums are in another order on another number
+        before2 = frobenius2(change.copy_(before))
+        return frobenius2(change.copy_(after).sub_(before)), before2, 0.0
+
+
+def _scratch(name: str, shape: tuple[int, int], dtype: type[np.generic]) -> Array:
     """Return memory of this thread under a name, which lives until it is asked for again: fresh pages cost more."""
-    held: torch.Tensor | None = getattr(_OWN, name, None)
-    if held is None or held.dtype != dtype or held.numel() < shape[0] * shape[1]:
-        held = torch.empty(shape[0] * shape[1], dtype=dtype)
+    held: Array | None = getattr(_OWN, name, None)
+    if held is None or held.dtype != dtype or held.size < shape[0] * shape[1]:
+        held = np.empty(shape[0] * shape[1], dtype)
         setattr(_OWN, name, held)
-    return held[: shape[0] * shape[1]].view(shape)
+    return held[: shape[0] * shape[1]].reshape(shape)
 
 
 def read_norm2(spec: TensorSpec, progress: Progress) -> tuple[float, str]:
     """Return ‖W‖_F² and the digest of one tensor, in one pass."""
+    from loratools.linalg.orthonormal import frobenius2
+
     hasher = values.start(spec)
     total = 0.0
-    for _, (raw,), (W,) in files.row_tiles((spec,), 1, TILE):
-        hasher.update(values.plain(spec, raw))
-        total += frobenius2(W.double())
-        progress(len(raw))
+    with one_torch_thread():
+        for _, (raw,), (W,) in files.row_tiles((spec,), 1, TILE):
+            hasher.update(values.plain(spec, raw))
+            total += frobenius2(W.double())
+            progress(len(raw))
     return total, digest.finish(hasher)
 
 
@@ -194,14 +212,22 @@ def rounding_energy(spec: TensorSpec) -> float:
     """
     if spec.encoding is not None:
         return 0.0
-    dtype, columns = dtypes.to_torch(spec.dtype), _columns(spec)
+    width, columns = dtypes.bits(spec.dtype) // 8, _columns(spec)
     total = spec.parameters // columns
     rows = min(total, max(1, (1 << 14) // columns))
-    blocks, size = 8, rows * columns * dtype.itemsize
+    blocks, size = 8, rows * columns * width
     raw = bytearray(blocks * size)
     with files.descriptor(spec.file) as source:
         for block in range(blocks):
             row, place = (total - rows) * block // (blocks - 1), memoryview(raw)[block * size : (block + 1) * size]
-            files.read_into(source, place, spec.start + row * columns * dtype.itemsize, spec.file)
-    sampled = float(ulp(torch.frombuffer(raw, dtype=dtype), dtype).double().square().sum())
-    return sampled / (blocks * rows * columns) / 12 * spec.parameters
+            files.read_into(source, place, spec.start + row * columns * width, spec.file)
+    return _unit_squares(raw, spec.dtype) / (blocks * rows * columns) / 12 * spec.parameters
+
+
+def _unit_squares(raw: bytearray, dtype: str) -> float:
+    if dtype in UNITS:
+        return unit_squares(raw, dtype)
+    import torch
+
+    twin = dtypes.to_torch(dtype)
+    return float(ulp(torch.frombuffer(raw, dtype=twin), twin).double().square().sum())

@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from loratools import dialects
 from loratools.adapter.kinds import Update
@@ -26,6 +25,9 @@ from loratools.format.digest import checked_digest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.extract.assemble import Outcome
+
+if TYPE_CHECKING:
+    import torch
 
 _ARCHITECTURE = "modelspec.architecture"
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from loratools.storage import dtypes, files, save
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float64): "F64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +48,10 @@ class Spooled:
 class Spool(save.Spool):
     """A file that threads append factors to."""
 
-    def add(self, B: torch.Tensor, A: torch.Tensor) -> Spooled:
-        """Write the factors of one layer."""
-        return Spooled(self._tensor(B), self._tensor(A))
+    def add(self, B: Array, A: Array) -> Spooled:
+        """Write the factors of one layer, in float32 or float64."""
+        return Spooled(self._array(B), self._array(A))
 
-    def _tensor(self, tensor: torch.Tensor) -> TensorSpec:
-        raw = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
-        return self.append(dtypes.from_torch(tensor.dtype), tuple(tensor.shape), raw)
+    def _array(self, array: Array) -> TensorSpec:
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        return self.append(_NAMES[array.dtype], array.shape, raw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,7 +12,7 @@ from loratools.adapter.model import BaseIdentity
 from loratools.decisions import warned
 from loratools.errors import BadFile, LoraToolsError, counted
 from loratools.linalg.ranks.rules import Fixed
-from loratools.parallel import Progress, each, no_progress
+from loratools.parallel import Progress, each, no_progress, one_blas_thread
 from loratools.parallel.shared import shared
 from loratools.storage import digest, files
 from loratools.storage.checkpoint import Checkpoint, values
@@ -54,10 +55,11 @@ class Sweep:
     def run(self, threads: int) -> tuple[list[Outcome], tuple[BaseIdentity, str]]:
         """Work on all pairs, several at a time, then on those whose ranks need a second look."""
         workers = min(threads, self._workers())
-        # On one thread of torch each: its sums are in another order on another number.
-        several = partial(each, threads=workers, torch_threads=1, refuse=_refuse)
-        results = self._first(several, workers)
-        return self._decided(several, results), self._hashes(results, threads)
+        # On one thread of torch each, where it is there: its sums are in another order on another number.
+        several = partial(each, threads=workers, torch_threads=1 if "torch" in sys.modules else None, refuse=_refuse)
+        with one_blas_thread():
+            results = self._first(several, workers)
+            return self._decided(several, results), self._hashes(results, threads)
 
     def _workers(self) -> int:
         """Return how many tensors there may be at once: of each its change is held in float32, and in bfloat16."""
