@@ -76,7 +76,7 @@ def command(talk: Talk, /, base: str, tuned: str, output: Path, **values: Any) -
       loratools extract-svd base tuned -o extracted --dry-run
     """
     from loratools.adapter.naming.selection import Selection
-    from loratools.storage.checkpoint import Checkpoint, ahead
+    from loratools.storage.checkpoint import Checkpoint
 
     before, after = Checkpoint.open(base), Checkpoint.open(tuned)
     kinds = {"kinds": frozenset(values["kinds"])} if values["kinds"] else {}
@@ -91,19 +91,17 @@ def command(talk: Talk, /, base: str, tuned: str, output: Path, **values: Any) -
     names = ("seed", "tolerance", "tight", "arithmetic", "device", "base_id", "threads", "force")
     if values["part"] and values["workers"]:
         raise click.UsageError("--part writes one part of the output: without --workers")
-    with ahead.hashing(before, after) as digests:
-        from loratools.surgery.extract import extract  # and torch, which takes one core as long as some hashing
+    from loratools.surgery.extract import extract
 
-        given: dict[str, Any] = {
-            "output": output, "ranks": _ranks(values, dtype), "selection": selection, "dtype": dtype,
-            **{name: values[name] for name in names},
-        }  # fmt: skip
-        digests.stop()
-        call, sizes = {"base": base, "tuned": tuned, **given}, before.nbytes + after.nbytes
-        if values["part"]:
-            return part_of("extract-svd", call, values["part"])
-        with talk.progress("extracting", sizes) as advance, crew("extract-svd", call, values["workers"], advance):
-            extraction = extract(before, after, **given, progress=advance)
+    given: dict[str, Any] = {
+        "output": output, "ranks": _ranks(values, dtype), "selection": selection, "dtype": dtype,
+        **{name: values[name] for name in names},
+    }  # fmt: skip
+    call, sizes = {"base": base, "tuned": tuned, **given}, before.nbytes + after.nbytes
+    if values["part"]:
+        return part_of("extract-svd", call, values["part"])
+    with talk.progress("extracting", sizes) as advance, crew("extract-svd", call, values["workers"], advance):
+        extraction = extract(before, after, **given, progress=advance)
     if extraction.dropped > 0:
         talk.warn(f"{extraction.dropped:.4g} of the change was left out: the error is {extraction.error:.4g} of it")
     return gathered(extraction, every=values["modules"], tight=values["tight"])

@@ -3,7 +3,6 @@
 shard      one file of tensors, and what lies beside it
 logical    a view of a model with its quantized weights shown as weights
 values     digests by value: codes as the 16-bit numbers that they stand for
-ahead      digests of two models, by a thread, while what computes on them is imported
 """
 
 from __future__ import annotations

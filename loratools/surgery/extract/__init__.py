@@ -43,7 +43,7 @@ from loratools.parallel import Progress, cores, no_progress
 from loratools.parallel.shared import place
 from loratools.storage import atomic
 from loratools.storage.beside import making
-from loratools.storage.checkpoint import Checkpoint, ahead
+from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.dtypes import FloatName
 from loratools.storage.sources import Location, origin, session
@@ -186,7 +186,7 @@ def extract(
     on = nullcontext() if options.computes_on == "cpu" else computing(options.computes_on)
     with place(opened) as scratch, on:
         spool = Spool(scratch / ".factors")
-        work = Sweep(base, tuned, pairing, options, spool, progress or no_progress, coded, ahead.found())
+        work = Sweep(base, tuned, pairing, options, spool, progress or no_progress, coded)
         outcomes, hashes = work.run(threads or cores())
         for model, root in ((base, hashes[0].root), (tuned, hashes[1])):
             making.note_root(model.path, str(root))

@@ -94,17 +94,19 @@ def _columns(spec: TensorSpec) -> int:
 
 def read_delta(
     base: TensorSpec, tuned: TensorSpec, progress: Progress, *, keep: bool, rounded: bool = False,
-    known: tuple[str | None, str | None] = (None, None), hashed: bool = True, hashers: Sequence[Hasher] = (),
+    hashed: bool = True, hashers: Sequence[Hasher] = (),
 ) -> Delta:  # fmt: skip
     """Compare two tensors of one shape; `keep` returns D too, with `rounded` also in bfloat16 where that serves.
 
-    Both are valid until this thread keeps the next. `known` are the digests of both, where they were taken before.
-    Where they are not wanted, `hashed`, they are empty, but for codes, which are compared by them. `hashers` take in
+    Both are valid until this thread keeps the next. Where digests are not wanted, `hashed`, they are empty, but for
+    codes, which are compared by them. `hashers` take in
     what is read of base and fine-tune, for digests of more than these.
 
     Raises `BadFile` where a number is NaN or infinite.
     """
     own = [values.start(spec) for spec in (base, tuned)]
+    if base.encoding is tuned.encoding is None and (base.dtype, base.shape) == (tuned.dtype, tuned.shape):
+        own[1] = own[0]  # until a byte differs
     hashed = hashed or base.encoding is not None or tuned.encoding is not None
     columns, wide = _columns(tuned), common_dtype(base, tuned)
     shape = tuned.parameters // columns, columns
@@ -117,9 +119,12 @@ def read_delta(
     base_norm2 = norm2 = lost2 = 0.0
     rows: list[int] = []
     for start, count, raw in files.row_pieces((base, tuned), columns, TILE):
-        for one, hasher, spec, piece in zip(known, own, (base, tuned), raw, strict=True):
-            if hashed and one is None:
-                hasher.update(values.plain(spec, piece))
+        if hashed:
+            if own[1] is own[0] and not _equal(raw):
+                own[1] = own[0].copy()
+            own[0].update(values.plain(base, raw[0]))
+            if own[1] is not own[0]:
+                own[1].update(values.plain(tuned, raw[1]))
         for hasher, piece in zip(hashers, raw, strict=False):
             hasher.update(piece)
         if D is None and work.size != count * columns:
@@ -140,13 +145,18 @@ def read_delta(
     if norm2 and not (norm2 < math.inf and base_norm2 < math.inf):
         wrong = tuned if base_norm2 < math.inf else base
         raise BadFile(f"NaN or infinity in {wrong.file}, so the change has no norm")
-    old, new = (one or (digest.finish(hasher) if hashed else "") for one, hasher in zip(known, own, strict=True))
+    old, new = (digest.finish(hasher) if hashed else "" for hasher in own)
     if hashed and old == new:  # also of codes and of the 16-bit numbers that they stand for: no change but a rounding
         norm2, rows, D = 0.0, [], None
     noise2 = rounding_energy(tuned) if norm2 and keep else 0.0
     if not norm2:
         D = low = None
     return Delta(base_norm2, norm2, tuple(rows), (old, new), noise2, D, low, lost2)
+
+
+def _equal(raw: list[memoryview]) -> bool:
+    before, after = (np.frombuffer(piece, np.uint8) for piece in raw)
+    return np.array_equal(before, after)
 
 
 def _subtract(

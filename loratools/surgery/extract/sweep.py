@@ -41,7 +41,7 @@ _Several = Callable[..., dict[str, "_Result"]]
 @dataclass(frozen=True, slots=True)
 class Sweep:
     """One run over all pairs. The tensors `coded` belong to a quantization, whose name they
-    have there, and may not differ. `known` are digests that were taken before."""
+    have there, and may not differ."""
 
     base: Checkpoint
     tuned: Checkpoint
@@ -50,7 +50,6 @@ class Sweep:
     spool: Spool
     progress: Progress
     coded: Mapping[str, str] = field(default_factory=dict)
-    known: Mapping[TensorSpec, str] = field(default_factory=dict)
 
     def run(self, threads: int) -> tuple[list[Outcome], tuple[BaseIdentity, str]]:
         """Work on all pairs, several at a time, then on those whose ranks need a second look."""
@@ -144,10 +143,6 @@ class Sweep:
             norm2, new = read_norm2(spec, self.progress)
             old = read_norm2(source, self.progress)[1] if pair.base else ""
             return _Result(pair, 0.0 if pair.plan == "ignore" else norm2, 0.0, (old, new))
-        known = self.known.get(source), self.known.get(spec)
-        if known[0] and known[0] == known[1]:
-            self.progress(source.nbytes + spec.nbytes)
-            return _Result(pair, 0.0, 0.0, (known[0], known[0]))
         stacked = pair.kind == "experts"
         if pair.plan == "factor" and stacked and not (source.encoding or spec.encoding):
             hashers = [values.start(each) for each in (source, spec)]
@@ -157,7 +152,7 @@ class Sweep:
             old, new = map(digest.finish, hashers)
             return _Result(pair, made[1], made[2], (old, new), made[0], noise2=made[3])
         keep = pair.plan == "factor" and not stacked
-        delta = read_delta(source, spec, self.progress, keep=keep, rounded=self.options.rounds, known=known)
+        delta = read_delta(source, spec, self.progress, keep=keep, rounded=self.options.rounds)
         if pair.plan == "factor" and stacked and delta.norm2:
             factored, norm2, base_norm2, noise2 = factor_stack(pair, source, spec, shapes, self.options, self.spool)
             return _Result(pair, norm2, base_norm2, delta.digests, factored, noise2=noise2)

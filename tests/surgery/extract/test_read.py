@@ -21,8 +21,6 @@ from tests.make import fp8, tiny
 from tests.surgery.finetunes import pair
 from tests.surgery.models import random
 
-NONE = f"blake3:{'0' * 64}"
-
 
 def specs(folder: Path, W: Tensor, other: Tensor) -> tuple[TensorSpec, TensorSpec]:
     for name, tensor in (("old", W), ("new", other)):
@@ -37,19 +35,32 @@ def test_digests_are_taken_where_they_are_wanted_and_nothing_else_changes(tmp_pa
     old, new = specs(tmp_path, W, other)
     true2 = float((other.double() - W.double()).square().sum())
     digests = tuple(hash_tensors({"": spec})[""] for spec in (old, new))
-    for options, said in (
-        ({}, digests), ({"known": digests}, digests), ({"known": (NONE, None)}, (NONE, digests[1])),
-        ({"hashed": False}, ("", "")),
+    for hashed, said in (
+        (True, digests), (False, ("", "")),
     ):  # fmt: skip
-        found = read_delta(old, new, no_progress, keep=True, **options)
+        found = read_delta(old, new, no_progress, keep=True, hashed=hashed)
         assert found.digests == said
         assert found.norm2 == pytest.approx(true2, rel=1e-6)
         assert found.base_norm2 == pytest.approx(float(W.double().square().sum()), rel=1e-12)
         assert found.D is not None
         D = torch.from_numpy(found.D)
         assert torch.equal(D, other.to(D.dtype) - W.to(D.dtype))
-        same = read_delta(old, old, no_progress, keep=True, **options) if "known" not in options else None
-        assert same is None or (same.norm2, same.D) == (0.0, None)
+        same = read_delta(old, old, no_progress, keep=True, hashed=hashed)
+        assert (same.norm2, same.D) == (0.0, None)
+
+
+@pytest.mark.parametrize("at", [None, 0, 600_000, 1_199_999])
+def test_equal_tiles_are_hashed_once_and_what_differs_twice(tmp_path: Path, at: int | None) -> None:
+    """Three tiles, of which the first, the second, the last or none differs."""
+    W = random(1200, 1000, seed=1, dtype=torch.bfloat16)
+    other = W.clone()
+    if at is not None:
+        other.view(-1)[at] += 1
+    old, new = specs(tmp_path, W, other)
+    for keep in (True, False):
+        found = read_delta(old, new, no_progress, keep=keep)
+        assert found.digests == tuple(hash_tensors({"": spec})[""] for spec in (old, new))
+        assert (found.norm2 > 0) == (at is not None)
 
 
 def test_codes_are_compared_by_what_they_stand_for_though_nobody_wants_digests(tmp_path: Path) -> None:
