@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratools.adapter.naming.compact import REMEMBERED, suffixes
+from loratools.adapter.naming.compact import suffixes
 from loratools.dialects.peft.isolated import Isolated
 from loratools.errors import UnsupportedAdapter
 from loratools.records import dataclass
@@ -164,22 +164,56 @@ class Expression:
         return groups
 
 
-class PatternKeys:
-    r"""The keys of a `rank_pattern` or `alpha_pattern`: K is that of a module for which `re.match(rf"(.*\.)?({K})$")`.
+class _Names:
+    """The keys that are names: `others` are the places of those that are none. What a module finds is remembered.
 
-    A key that is a name, escaped or not, is looked up. In an unescaped one a dot stands for any character, so names are
-    kept by where their dots are, and a module is looked up without the characters in those places.
+    In an unescaped name a dot stands for any character, so names are kept by where their dots are, and a module is
+    looked up without the characters in those places.
     """
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self._anchored: _ByLength = {}
+        self._suffixes: _ByLength = {}
+        self._found: dict[str, int] = {}
+        self._none = len(keys)
+        self.others = [position for position, key in enumerate(keys) if not self._add(position, key)]
+
+    def first(self, module: str) -> int:
+        """Return the place of the first name that a module answers to; the number of all keys where there is none."""
+        if module not in self._found:
+            best = self._none
+            for by_length, names in ((self._anchored, (module,)), (self._suffixes, suffixes(module))):
+                for name in names if by_length else ():
+                    for shape, positions in by_length.get(len(name), {}).items():
+                        best = min(best, positions.get(_ANY.join([name[part] for part in _parts(shape)]), best))
+            self._found[module] = best
+        return self._found[module]
+
+    def _add(self, position: int, key: str) -> bool:
+        """Keep a key that is a name; return False for one that is not, or whose shape is one too many."""
+        if (found := _as_name(key)) is None:
+            return False
+        anchored, name, shape = found
+        shapes = (self._anchored if anchored else self._suffixes).setdefault(len(name), {})
+        if shape not in shapes and len(shapes) == _MOST_SHAPES:
+            return False
+        shapes.setdefault(shape, {}).setdefault(name, position)
+        return True
+
+
+_names = lru_cache(maxsize=8)(_Names)  # those of ranks and of alphas, and of the next adapter, are often the same
+
+
+class PatternKeys:
+    r"""The keys of a rank or alpha pattern: K is that of a module for which `re.match(rf"(.*\.)?({K})$")`."""
 
     def __init__(self, keys: Iterable[str], field: str, config: ConfigFile) -> None:
         self._keys = tuple(keys)
-        self._anchored: _ByLength = {}
-        self._suffixes: _ByLength = {}
+        self._names = _names(self._keys)
         self._first: dict[str, str | None] = {}
         self._expressions = [
-            (position, Expression(rf"(.*\.)?({key})$", field, config, whole=False))
-            for position, key in enumerate(self._keys)
-            if not self._add_name(position, key)
+            (position, Expression(rf"(.*\.)?({self._keys[position]})$", field, config, whole=False))
+            for position in self._names.others
         ]
 
     def first(self, module: str) -> str | None:
@@ -198,25 +232,10 @@ class PatternKeys:
             raise UnsupportedAdapter(f"a module name with a line break in it: {module[:80]!r}")
         if not self._keys:
             return None
-        best = len(self._keys)
-        for by_length, names in ((self._anchored, (module,)), (self._suffixes, suffixes(module))):
-            for name in names if by_length else ():
-                for shape, positions in by_length.get(len(name), {}).items():
-                    best = min(best, positions.get(_ANY.join([name[part] for part in _parts(shape)]), best))
+        best = self._names.first(module)
         earlier = (i for i, expression in self._expressions if i < best and expression.matches(module))
         best = next(earlier, best)
         return self._keys[best] if best < len(self._keys) else None
-
-    def _add_name(self, position: int, key: str) -> bool:
-        """Keep a key that is a name; return False for one that is not, or whose shape is one too many."""
-        if (found := _as_name(key)) is None:
-            return False
-        anchored, name, shape = found
-        shapes = (self._anchored if anchored else self._suffixes).setdefault(len(name), {})
-        if shape not in shapes and len(shapes) == _MOST_SHAPES:
-            return False
-        shapes.setdefault(shape, {}).setdefault(name, position)
-        return True
 
 
 class SavedModules:
@@ -257,7 +276,6 @@ def compile_alike(pattern: str) -> regex.Pattern[str] | None:
         return None
 
 
-@lru_cache(maxsize=REMEMBERED)  # a module has a key for its rank and one for its alpha, and the next adapter has both
 def _as_name(key: str) -> tuple[bool, str, tuple[int, ...]] | None:
     """Return whether a key that is a name begins with ^, the name, and its shape; None for an expression."""
     match = re.fullmatch(_NAME, key)

@@ -229,3 +229,9 @@ def test_modules_that_are_saved_whole() -> None:
     saved = SavedModules(listed, ConfigFile(CONFIG))
     for module in ("head", "x.head", "x.head.y", "heads", "a.b.c", "a_b", "x.a_b.c", "ab", "reg", "x.rek.y"):
         assert saved.matches(module) == any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in listed), module
+
+
+def test_two_fields_with_the_same_keys_are_used_apart() -> None:
+    ranks, alphas = (PatternKeys(["a.b", "c", "d+"], field, ConfigFile(Path("x"))) for field in ("rank", "alpha"))
+    assert (ranks.first("x.c"), ranks.first("x.dd"), alphas.first("a-b")) == ("c", "d+", "a.b")
+    assert (ranks.unused(), alphas.unused()) == (["a.b"], ["c", "d+"])
