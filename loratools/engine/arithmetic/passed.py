@@ -40,8 +40,7 @@ class PassedRows:
         places = [tiles.Rectangle(site.rows, site.columns, each, each.bound() * share) for site, each in self._sums]
         everywhere = sum(site.shape[0] * site.shape[1] for site, _ in self._sums) == rows * columns
         way = tiles.Passage(
-            places, columns, spec.dtype, min(step, rows), self._memory, everywhere=everywhere,
-            keeps=task.watch is not None,
+            places, columns, spec.dtype, min(step, rows), self._memory, everywhere=everywhere
         )  # fmt: skip
         width, infinity = columns * dtypes.bits(spec.dtype) // 8, dtypes.INFINITY[task.dtype]
 

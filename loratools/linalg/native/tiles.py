@@ -12,7 +12,6 @@ from loratools.linalg import native
 from loratools.linalg.native.factors import Memory, Sum
 from loratools.records import dataclass
 
-_BLOCK = 1 << 17  # as in tiles.h
 _DTYPES = {"BF16": (0, 2), "F16": (1, 2), "F32": (2, 4)}  # number in C, bytes
 _DONE, _READ_FAILED, _ENDED, _WRITE_FAILED, _NO_DIRECTION = range(5)
 
@@ -31,7 +30,7 @@ class _Tensor(ctypes.Structure):
         *((name, ctypes.c_size_t) for name in ("dtype", "columns")),
         *((name, ctypes.c_void_p) for name in ("stored", "made")),
         ("places", ctypes.POINTER(_Place)),
-        *((name, ctypes.c_size_t) for name in ("count", "everywhere", "keeps")),
+        *((name, ctypes.c_size_t) for name in ("count", "everywhere")),
         *((name, ctypes.c_int64) for name in ("zero_row", "ended")),
         *((name, ctypes.c_uint32) for name in ("largest", "error")),
         ("place", ctypes.c_size_t),
@@ -74,23 +73,21 @@ class Passed:
 class Passage:
     """The way of one tensor, (rows, `columns`), from a file to another, by its rectangles, which do not meet.
 
-    `everywhere` says that they are all of it. `tile` is the most rows that a call may be for, and `stored` memory for
-    them, a thread's own as the rest of `memory` is; if it `keeps` what it makes that is in `made`, of the same size.
+    `everywhere` says that they are all of it. `tile` is the most rows that a call may be for; `stored` and `made` are
+    memory for them, a thread's own as the rest of `memory` is.
     """
 
     def __init__(
-        self, places: Sequence[Rectangle], columns: int, dtype: str, tile: int, memory: Memory, *, everywhere: bool,
-        keeps: bool = False,
+        self, places: Sequence[Rectangle], columns: int, dtype: str, tile: int, memory: Memory, *, everywhere: bool
     ) -> None:  # fmt: skip
         number, size = _DTYPES[dtype]
-        stored = memory.of("stored", tile * columns * size)
-        made = memory.of("made", len(stored.view) if keeps else max(_BLOCK, columns * size))
+        stored, made = (memory.of(name, tile * columns * size) for name in ("stored", "made"))
         sums = memory.of("sums", max(each.products.sums for each in places))
         self.stored, self.made = stored.view, made.view
         self._places = (_Place * len(places))(*(_place(each, columns, number, sums.address) for each in places))
         self._tensor = _Tensor(
             dtype=number, columns=columns, stored=stored.address, made=made.address, places=self._places,
-            count=len(places), everywhere=everywhere, keeps=keeps,
+            count=len(places), everywhere=everywhere,
         )  # fmt: skip
         self._held = (places, stored, made, sums)  # what C has pointers to
         self._call = native.library().loratools_pass_rows
@@ -103,8 +100,8 @@ class Passage:
     def rows(self, first: int, count: int, measured: int) -> Passed:
         """Read so many rows from `first` on, change and write them; the first `measured` are compared with W.
 
-        Afterwards `stored` holds them as they were, and `made` as they are where that is kept. Raises `EOFError` with
-        the byte at which the source ended, and `OSError` as reading and writing do.
+        Afterwards `stored` holds them as they were, and `made` as they are. Raises `EOFError` with the byte at which
+        the source ended, and `OSError` as reading and writing do.
         """
         how, tensor = self._call(ctypes.byref(self._tensor), first, count, measured), self._tensor
         if how == _ENDED:

@@ -92,12 +92,12 @@ def test_any_tiles_write_what_a_single_call_does(
 
 
 def test_what_a_tile_was_and_what_it_became_can_both_be_seen(tmp_path: Path) -> None:
-    """2,000 rows of 280 bytes: C reads and writes them in several blocks."""
+    """2,000 rows of 280 bytes: C reads them in several blocks, and writes them at once."""
     random = np.random.default_rng(0)
     W, B, A = (random.standard_normal(shape).astype(np.float32) for shape in ((2000, 70), (2000, 5), (5, 70)))
     places = [tiles.Rectangle((0, 2000, 1), (0, 70, 1), summed([(B, A, 1.0)], None), 0.0)]
     (tmp_path / "in").write_bytes(W.tobytes())
-    way = tiles.Passage(places, 70, "F32", 1900, Memory(), everywhere=True, keeps=True)
+    way = tiles.Passage(places, 70, "F32", 1900, Memory(), everywhere=True)
     with files.descriptor(tmp_path / "in") as source, files.descriptor(tmp_path / "out", os.O_RDWR | os.O_CREAT) as out:
         way.between(source, 0, out, 0)
         way.rows(100, 1900, 0)
