@@ -61,6 +61,8 @@ WORDS: Mapping[str, Word] = {
     "--targets": Word(CHOOSE, "Modules, as PEFT's target_modules: names or globs with commas between them, or "
                               "all-linear.", "NAMES"),
     "--similar": Word(CHOOSE, "Least cosine of two changes dW that are listed as near.", "NUMBER"),
+    "--most": Word(CHOOSE, "List so many others of each adapter, the most alike. With --all.  [default: all of up to "
+                           "2,000 adapters, of more 8]", "N"),
     "--tier": Word(CHOOSE, "Which hash.", "TIER"),
 
     "--algorithm": Word(HOW, "Digest algorithm.", words=True),

@@ -35,11 +35,13 @@ _TABLE, _SHOWN_PAIRS = 12, 20  # adapters whose table fits a line; pairs that ar
 @options.option("--paper", is_flag=True)
 @options.option("--seed", type=click.IntRange(min=0), more="For --paper.  [default: 0]")
 @options.option("--similar", type=float, more="With --all.  [default: 0.9]")
+@options.option("--most", type=click.IntRange(min=1))
 @options.threads_option
 @pass_talk
 def command(
     talk: Talk, first: str | None, second: str | None, every: Path | None, base: str | None, similar: float | None,
-    modules: bool, grid: str | None, paper: bool, seed: int | None, include: tuple[str, ...], exclude: tuple[str, ...],
+    most: int | None, modules: bool, grid: str | None, paper: bool, seed: int | None, include: tuple[str, ...],
+    exclude: tuple[str, ...],
     dialect: str | None, alpha: float | None, model_type: str | None, threads: int | None,
 ) -> show.Report:  # fmt: skip
     """Tell how alike two adapters are: the angle between their changes, and the subspaces they use.
@@ -66,10 +68,12 @@ def command(
     if every is not None:
         more = (first, modules, grid, paper, include, exclude, dialect, alpha, model_type, threads)
         if any(more):
-            raise click.UsageError("--all compares whole adapters below a folder: only --base and --similar go with it")
-        return _all(talk, every, base, 0.9 if similar is None else similar)
-    if similar is not None:
-        raise click.UsageError("--similar goes with --all FOLDER")
+            raise click.UsageError(
+                "--all compares whole adapters below a folder: only --base, --similar and --most go with it"
+            )
+        return _all(talk, every, base, 0.9 if similar is None else similar, most)
+    if similar is not None or most is not None:
+        raise click.UsageError(f"{'--most' if similar is None else '--similar'} goes with --all FOLDER")
     if first is None or second is None:
         raise click.UsageError("missing argument 'SECOND'" if first else "missing argument 'FIRST', or --all FOLDER")
 
@@ -94,20 +98,20 @@ def _module(module: ModuleComparison) -> dict[str, Any]:
     return document | {"input_overlap": module.input_overlap, "output_overlap": module.output_overlap}
 
 
-def _all(talk: Talk, folder: Path, base: str | None, similar: float) -> show.Report:
+def _all(talk: Talk, folder: Path, base: str | None, similar: float, most: int | None) -> show.Report:
     """Compare every two adapters below a folder."""
     from loratools.surgery.find import compare_all
 
     with talk.progress("reading", 0) as advance:
-        pairs = compare_all(folder, base=base, similar=similar, progress=advance)
-    return show.Report(show.plain(pairs), list(_pairs(pairs)), ok=not pairs.failed)
+        pairs = compare_all(folder, base=base, similar=similar, most=most, progress=advance)
+    return show.Report(show.fields_of(pairs), _pairs(pairs), ok=not pairs.failed)
 
 
 def _pairs(pairs: Pairs) -> Iterator[str]:
     """Yield the table of all cosines where it is small, else the pairs that are most alike; then what they are."""
     count, apart = len(pairs.adapters), len(pairs.by_parameters)
     exact = set(pairs.exact)
-    if 0 < count <= _TABLE:
+    if 0 < count <= _TABLE and pairs.most is None:
         rows = [
             [
                 name,
@@ -119,14 +123,16 @@ def _pairs(pairs: Pairs) -> Iterator[str]:
         yield from show.table(["adapter", "", *map(str, range(1, count + 1))], rows, right=range(1, count + 2))
         yield ""
     elif count:
-        rows = [
-            [_cosine(row["cosine"], row["exact"]), row["first"], row["second"]] for row in pairs.rows()[:_SHOWN_PAIRS]
-        ]
+        rows = [[_cosine(row["cosine"], row["exact"]), row["first"], row["second"]] for row in pairs.rows(_SHOWN_PAIRS)]
         yield from show.table(["cosine", "first", "second"], rows, right=(0,))
-        yield f"… and {count * (count - 1) // 2 - len(rows)} more, less alike; --json has all"
+        every = count * (count - 1) // 2
+        known = every if pairs.most is None else len(pairs.listed)
+        left = f", and of {every - known} others only that they are less alike" if known < every else ""
+        yield f"… and {known - len(rows)} more, less alike; --json has them{left}"
         yield ""
     yield from show.fields(
         ("adapters", str(count)),
+        ("listed", f"the {pairs.most} nearest of each" if pairs.most else None),
         ("exact", f"{counted(len(pairs.exact), 'pair')}, from {pairs.similar:g} on, by the factors"),
         ("others (~)", f"by sketches: a cosine c is off by (1 - c^2) {pairs.standard_error:.3f} (one standard error)"),
         ("by parameters", f"{apart} left out: the base decides what they do" if apart else None),

@@ -46,7 +46,7 @@ def command(talk: Talk, folder: str, base: str | None, similar: float) -> show.R
 
     with talk.progress("reading", 0) as advance:
         found = find(folder, base=base, similar=similar, progress=advance)
-    return show.Report(show.plain(found), _lines(found), ok=not found.failed)
+    return show.Report(show.fields_of(found), _lines(found), ok=not found.failed)
 
 
 def _lines(found: Findings) -> Iterator[str]:

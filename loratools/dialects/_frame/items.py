@@ -100,7 +100,7 @@ class _Walk:
             except OSError as error:
                 self.unread.append((Path(folder), (error.strerror or str(error)).lower()))
                 continue
-            folders = [entry for entry in inside if _is_folder(entry)]
+            folders = {entry: None for entry in inside if _is_folder(entry)}  # looked up once for each entry
             names = [entry.name for entry in inside if entry not in folders]
             whole = _is_one(names)
             if whole:

@@ -120,9 +120,9 @@ def find(
     adapters = below.adapters
     exact = Exact(below.places)
     with one_torch_thread():
-        first = same(adapters, exact)
-        heads = [i for i, (head, _) in enumerate(first) if head == i and adapters[i].sketch is not None]
-        pairs, unlisted = near(adapters, heads, exact, similar)
+        first = same(adapters, below.sketches, exact)
+        heads = [i for i, (head, _) in enumerate(first) if head == i and adapters[i].by_change]
+        pairs, unlisted = near(below.sketches, heads, exact, similar)
     names = [each.found.path for each in adapters]
     return Findings(
         str(folder), tuple(each.found for each in adapters), tuple(_groups(adapters, first, exact)),
@@ -138,5 +138,5 @@ def _groups(adapters: list[Sketched], first: list[tuple[int, float]], exact: Exa
     for head, group in members.items():
         if len(group) > 1:
             paths, distances = zip(*((adapters[i].found.path, off) for i, off in group), strict=True)
-            norm = None if adapters[head].sketch is None else math.sqrt(exact.norm2(head))
+            norm = math.sqrt(exact.norm2(head)) if adapters[head].by_change else None
             yield Duplicates(paths, distances, norm is None, norm)

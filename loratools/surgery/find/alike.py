@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ NEIGHBOURS = 8
 """Others that an adapter is measured exactly against, at most: those whose sketches are nearest."""
 
 _SURE = 6.0  # standard errors below the wanted cosine at which a sketch still names a pair
-_BLOCK = 512
+_AT_ONCE = 1 << 20  # products of sketches in memory, 1 MB, however many adapters there are
 _SAME = 1e-5  # of ‖ΔW‖: what float32 factors in another basis differ by, at most
 _OPEN, _SMALL = 16, 1 << 25  # adapters that are kept open; bytes up to which their factors are kept too
 
@@ -37,6 +38,16 @@ class Near:
     second: int
     cosine: float
     ratio: float
+
+
+class Products(Protocol):
+    """Inner products of whole changes in float64, by their places: what the sketches only name is settled by these."""
+
+    def norm2(self, i: int) -> float:
+        """Return ‖ΔW‖²."""
+
+    def inner(self, i: int, j: int) -> float:
+        """Return ⟨ΔWᵢ, ΔWⱼ⟩."""
 
 
 @dataclass(slots=True)
@@ -82,7 +93,7 @@ class Exact:
         return loaded[module]
 
 
-def same(adapters: Sequence[Sketched], exact: Exact) -> list[tuple[int, float]]:
+def same(adapters: Sequence[Sketched], sketches: Tensor, exact: Products) -> list[tuple[int, float]]:
     """Return for each adapter the first one with the same change, itself where there is none, and how far that is off.
 
     Two changes are the same where ‖ΔW₁ − ΔW₂‖ is no more than rounding the factors once more would move them, √(ρ₁² +
@@ -94,42 +105,47 @@ def same(adapters: Sequence[Sketched], exact: Exact) -> list[tuple[int, float]]:
     for i, each in enumerate(adapters):
         if (seen := by_key.setdefault(each.key, i)) != i:
             first[i] = (seen, 0.0)
-        elif each.sketch is not None:
+        elif each.by_change:
             heads.append(i)
-    sketches = _stacked(adapters, heads)
+    sketches = sketches[heads]
     norms2 = sketches.square().sum(1)
     slack = torch.tensor([adapters[i].rounding2 for i in heads], dtype=sketches.dtype)
     is_head = torch.ones(len(heads), dtype=torch.bool)
-    for k, products in _rows(sketches):
-        off2 = norms2[:k] + norms2[k] - 2 * products[:k]
+    for start, products in _blocks(sketches):
+        stop = start + len(products)
+        off2 = products.mul_(-2).add_(norms2[:stop]).add_(norms2[start:stop, None])
         # Twice what is allowed, and what float32 leaves of a difference of squares: the exact numbers decide.
-        allowed2 = 4 * (slack[:k] + slack[k]) + 1e-5 * norms2[k]
-        for other in _nearest(-off2, is_head[:k] & (off2 <= allowed2)):
-            i, j = heads[other], heads[k]
-            if (distance := _distance(adapters, exact, i, j)) is not None:
-                first[j], is_head[k] = (i, distance), False
-                break
+        allowed2 = 4 * slack[start:stop] + 1e-5 * norms2[start:stop]
+        close = (off2 - 4 * slack[:stop] <= allowed2[:, None]).tril(start - 1)
+        for row in close.any(1).nonzero()[:, 0].tolist():
+            k = start + row
+            for other in _nearest(-off2[row, :k], is_head[:k] & close[row, :k]):
+                i, j = heads[other], heads[k]
+                if (distance := _distance(adapters, exact, i, j)) is not None:
+                    first[j], is_head[k] = (i, distance), False
+                    break
     return [(first[head][0], off) if head != i else (i, 0.0) for i, (head, off) in enumerate(first)]
 
 
-def near(adapters: Sequence[Sketched], chosen: Sequence[int], exact: Exact, cosine: float) -> tuple[list[Near], int]:
+def near(sketches: Tensor, chosen: Sequence[int], exact: Products, cosine: float) -> tuple[list[Near], int]:
     """Return the pairs of chosen adapters with at least this cosine, the most alike first, and how many were not asked.
 
     Of each adapter the `NEIGHBOURS` are measured whose sketches are nearest. The second number counts further pairs
     whose sketches are as near.
     """
-    sketches = _stacked(adapters, chosen)
-    lengths = sketches.norm(dim=1, keepdim=True)
-    chosen = [i for i, length in zip(chosen, lengths[:, 0].tolist(), strict=True) if length > 0]
-    sketches = sketches[lengths[:, 0] > 0] / lengths[lengths[:, 0] > 0]
+    unit, lengths = _unit(sketches, chosen)
+    chosen = [i for i, length in zip(chosen, lengths.tolist(), strict=True) if length > 0]
+    unit = unit[lengths > 0]
     least = cosine - _SURE * standard_error(cosine)
     pairs: set[tuple[int, int]] = set()
     candidates = 0
-    for k, products in _rows(sketches):
+    for start, products in _blocks(unit, whole=True):
         close = products >= least
-        close[k] = False
+        close.diagonal(start).fill_(False)
         candidates += int(close.sum())
-        pairs |= {(min(k, other), max(k, other)) for other in _nearest(products, close)}
+        for row in close.any(1).nonzero()[:, 0].tolist():
+            k = start + row
+            pairs |= {(min(k, other), max(k, other)) for other in _nearest(products[row], close[row])}
     measured = []
     for k, other in sorted(pairs):
         i, j = chosen[k], chosen[other]
@@ -140,18 +156,32 @@ def near(adapters: Sequence[Sketched], chosen: Sequence[int], exact: Exact, cosi
     return sorted(measured, key=lambda pair: (-pair.cosine, pair.first, pair.second)), candidates // 2 - len(pairs)
 
 
-def cosines(adapters: Sequence[Sketched], chosen: Sequence[int]) -> tuple[list[list[float]], list[float]]:
+def cosines(sketches: Tensor, chosen: Sequence[int]) -> tuple[list[list[float]], list[float]]:
     """Return the cosine of every two sketches, 1 of one with itself and 0 where ΔW = 0; and the norms of all."""
-    sketches = _stacked(adapters, chosen).double()
-    norms = sketches.norm(dim=1)
-    unit = sketches / norms.masked_fill(norms == 0, 1.0)[:, None]
-    upper = (unit @ unit.mT).clamp(-1.0, 1.0).triu(1)
-    table = (upper + upper.mT).fill_diagonal_(1.0)  # a product of matrices need not be symmetric to the last bit
-    rounded: list[list[float]] = table.tolist()
-    return rounded, norms.tolist()
+    unit, norms = _unit(sketches.double(), chosen)
+    table = [[1.0] * len(unit) for _ in unit]
+    for start, products in _blocks(unit):
+        for i, row in enumerate(products.clamp_(-1.0, 1.0).tolist(), start):
+            table[i][:i] = row[:i]
+            for j, value in enumerate(row[:i]):  # a product of matrices need not be symmetric to the last bit
+                table[j][i] = value
+    return table, norms.tolist()
 
 
-def _distance(adapters: Sequence[Sketched], exact: Exact, i: int, j: int) -> float | None:
+def nearest(sketches: Tensor, chosen: Sequence[int], most: int) -> tuple[dict[tuple[int, int], float], list[float]]:
+    """Return the cosine of each sketch and the `most` that are most alike, by two places in `chosen`; and the norms."""
+    unit, norms = _unit(sketches, chosen)
+    pairs: dict[tuple[int, int], float] = {}
+    for start, products in _blocks(unit, whole=True):
+        products.clamp_(-1.0, 1.0).diagonal(start).fill_(-math.inf)
+        best = products.topk(min(most, len(unit) - 1))
+        for i, (values, places) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True), start):
+            for value, j in zip(values, places, strict=True):
+                pairs[min(i, j), max(i, j)] = value
+    return pairs, norms.double().tolist()
+
+
+def _distance(adapters: Sequence[Sketched], exact: Products, i: int, j: int) -> float | None:
     """Return ‖ΔWᵢ − ΔWⱼ‖/‖ΔWᵢ‖ where the two are the same but for rounding, else None."""
     first, second = exact.norm2(i), exact.norm2(j)
     if first == 0 or second == 0:
@@ -161,16 +191,20 @@ def _distance(adapters: Sequence[Sketched], exact: Exact, i: int, j: int) -> flo
     return math.sqrt(off2 / first) if off2 <= allowed2 else None
 
 
-def _stacked(adapters: Sequence[Sketched], chosen: Sequence[int]) -> Tensor:
-    sketches = [sketch for i in chosen if (sketch := adapters[i].sketch) is not None]
-    return torch.stack(sketches) if sketches else torch.zeros(0, 1)
+def _unit(sketches: Tensor, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return the chosen sketches at length one, zeros where ΔW = 0, and their lengths, ‖ΔW‖ as sketches tell it."""
+    rows = sketches[list(chosen)]
+    lengths = rows.norm(dim=1)
+    return rows / lengths.masked_fill(lengths == 0, 1.0)[:, None], lengths
 
 
-def _rows(sketches: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield each row of sketches·sketchesᵀ with its number, made a block at a time."""
-    for start in range(0, len(sketches), _BLOCK):
-        block = sketches[start : start + _BLOCK] @ sketches.mT
-        yield from enumerate(block, start)
+def _blocks(sketches: Tensor, whole: bool = False) -> Iterator[tuple[int, Tensor]]:
+    """Yield some rows of sketches·sketchesᵀ at a time, with the number of the first, up to the diagonal or `whole`."""
+    count = len(sketches)
+    step = max(1, _AT_ONCE // max(count, 1))
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        yield start, sketches[start:stop] @ sketches[: count if whole else stop].mT
 
 
 def _nearest(likeness: Tensor, close: Tensor) -> list[int]:

@@ -7,11 +7,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from loratools.adapter.model import BaseIdentity
 from loratools.decisions import warned, warnings_to
 from loratools.dialects._frame.items import items_in
 from loratools.errors import LoraToolsError
+from loratools.linalg.sketch import SIZE
 from loratools.parallel import Progress, one_torch_thread
+from loratools.storage.atomic.inputs import afresh
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location, as_path, is_reference
 from loratools.surgery.find.selection import Wanted
@@ -30,10 +35,12 @@ class Failed:
 class Collected:
     """The adapters below a folder with the path of each, what could not be read, and counts of the rest.
 
+    `sketches` has a row for each adapter, float32 (n, 256), all zeros where `by_change` is not.
     `others` are models and files that are no adapters, `unselected` adapters of another base than was asked for.
     """
 
     adapters: list[Sketched]
+    sketches: Tensor
     places: list[Path]
     failed: tuple[Failed, ...]
     others: int
@@ -54,16 +61,21 @@ def collect(folder: str | Path, base: Location | Checkpoint | None, progress: Pr
     others = unselected = 0
     adapters: list[Sketched] = []
     places: list[Path] = []
+    # In one piece: each a tensor of its own, they would keep the pages from being used again on which they lie between
+    # the factors of their adapters, twenty times as much.
+    sketches = torch.zeros(len(items.paths), SIZE)
     for path in items.paths:
         name = _name(path, top)
         warnings: list[str] = []
         each = None
         try:
-            with one_torch_thread(), warnings_to(warnings.append):
+            with afresh(), one_torch_thread(), warnings_to(warnings.append):
                 adapter = opened(path)
                 chosen = adapter is not None and (wanted is None or wanted.has(adapter))
                 if adapter is not None and chosen:
-                    each = sketched(adapter, name, warnings)
+                    each, numbers = sketched(adapter, name, warnings)
+                    if numbers is not None:
+                        sketches[len(adapters)] = numbers
         except LoraToolsError as error:
             failed.append(Failed(name, "; ".join([error.message, *error.problems[:1]])))
         except ValueError as error:  # of a module's numbers: NaN or infinity
@@ -77,7 +89,7 @@ def collect(folder: str | Path, base: Location | Checkpoint | None, progress: Pr
                 progress(each.found.nbytes)
     for failure in failed:
         warned("%s: %s", failure.path, failure.reason)
-    return Collected(adapters, places, tuple(failed), others, unselected)
+    return Collected(adapters, sketches[: len(adapters)], places, tuple(failed), others, unselected)
 
 
 def _bases(paths: Iterable[Path]) -> Iterator[BaseIdentity]:

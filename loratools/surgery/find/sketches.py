@@ -21,11 +21,15 @@ from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import normalized
 from loratools.errors import UnknownKind
 from loratools.format.canonical import canonical
-from loratools.format.digest import adapter_digest
+from loratools.format.digest import tensor_digests
 from loratools.linalg.delta import Delta
 from loratools.linalg.sketch import sketch
 from loratools.storage import dtypes
+from loratools.storage.digest import root
+from loratools.storage.lazy import LazyTensor, chunks_of_all, in_order_of_files
 from loratools.surgery.change import Changes, ModuleChange, alone
+
+_HELD = 1 << 25  # bytes of an adapter that are read at once; of more, one module after the other is in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +58,22 @@ class FoundAdapter:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sketched:
-    """An adapter with what compares it: nothing of its tensors is kept.
+    """An adapter with what compares it, but for its sketch: nothing of its tensors is kept.
 
     `key` is the same of two adapters with the same tensors and scalings. `layout` is that of the names and shapes of
-    what it changes. `sketch` is float32 (256,), None where `found.by_parameters` says why. `rounding2` is the square of
-    how far rounding the factors once more to their dtype would move ΔW, at most.
+    what it changes. `rounding2` is the square of how far rounding the factors once more to their dtype would move ΔW,
+    at most.
     """
 
     found: FoundAdapter
     key: str
     layout: str
-    sketch: Tensor | None
     rounding2: float
+
+    @property
+    def by_change(self) -> bool:
+        """Whether it is compared by ΔW, and has a sketch; else `found.by_parameters` says why not."""
+        return not self.found.by_parameters
 
 
 def opened(path: Path) -> Adapter | None:
@@ -85,8 +93,24 @@ def opened(path: Path) -> Adapter | None:
     return adapter if adapter.dialect == dialect else replace(adapter, dialect=dialect)
 
 
-def sketched(adapter: Adapter, name: str, warnings: Sequence[str] = ()) -> Sketched:
-    """Hash an adapter, and sketch what it changes.
+def held(adapter: Adapter) -> Adapter:
+    """Return an adapter whose tensors are in memory where they are few bytes: read at once, in one pass.
+
+    Raises:
+        BadFile: Its file cannot be read.
+    """
+    tensors = {name: lazy for name, lazy in adapter.tensors().items() if lazy.spec and lazy.spec.encoding is None}
+    if sum([lazy.nbytes for lazy in tensors.values()]) > _HELD:
+        return adapter
+    read = {
+        tensors[name].spec: LazyTensor.holding(tensors[name].dtype, tensors[name].shape, memoryview(b"".join(chunks)))
+        for name, chunks in chunks_of_all(in_order_of_files(tensors))
+    }
+    return adapter.mapped(lambda lazy: read.get(lazy.spec, lazy))
+
+
+def sketched(adapter: Adapter, name: str, warnings: Sequence[str] = ()) -> tuple[Sketched, Tensor | None]:
+    """Hash an adapter, and sketch what it changes: float32 (256,), None where the base decides what it does.
 
     Args:
         adapter: The adapter.
@@ -97,7 +121,8 @@ def sketched(adapter: Adapter, name: str, warnings: Sequence[str] = ()) -> Sketc
         BadFile: Its file cannot be read.
         ValueError: A change that is no product holds NaN or infinity.
     """
-    digest = adapter_digest(adapter)
+    adapter = held(adapter)
+    digest = root(tensor_digests(adapter))  # which nothing remembers: the adapter goes with this call
     changes = alone(canonically_named(adapter))
     reason = _reason(changes)
     modules = named(changes)
@@ -113,7 +138,7 @@ def sketched(adapter: Adapter, name: str, warnings: Sequence[str] = ()) -> Sketc
     )  # fmt: skip
     scalings = {module: [update.kind, update.scaling] for module, update in adapter.updates.items()}
     layout = {module: list(change.shape) for module, change in modules.items()}
-    return Sketched(found, f"{digest} {_hash(scalings)}", _hash(layout), summed, rounding2)
+    return Sketched(found, f"{digest} {_hash(scalings)}", _hash(layout), rounding2), summed
 
 
 def named(changes: Changes) -> dict[str, ModuleChange]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from loratools.errors import BadFile, InvalidOption
 from loratools.linalg.sketch import SIZE
 from loratools.surgery.find import Pairs, compare_all
+from loratools.surgery.find.alike import NEIGHBOURS
 from tests.make import tiny
 from tests.surgery.find.test_find import disturbed, only, variant
 
@@ -113,3 +114,29 @@ def test_a_folder_without_adapters_and_one_that_is_not_there(tmp_path: Path) -> 
         compare_all(tmp_path / "nowhere")
     with pytest.raises(InvalidOption, match="similar is 2"):
         compare_all(tmp_path, similar=2)
+
+
+def test_only_the_nearest_of_each_are_listed_where_they_are_asked_for(many: tuple[Path, Pairs]) -> None:
+    folder, every = many
+    pairs = compare_all(folder, most=2)
+    assert (pairs.most, pairs.cosines, pairs.adapters, pairs.exact) == (2, (), every.adapters, every.exact)
+    assert pairs.norms == pytest.approx(every.norms, rel=1e-6)
+    assert [value for *_, value in pairs.listed] == sorted((value for *_, value in pairs.listed), reverse=True)
+    table = torch.tensor(every.cosines).fill_diagonal_(-1)
+    expected = {tuple(sorted((i, j))) for i, row in enumerate(table.topk(2).indices.tolist()) for j in row}
+    assert {(i, j) for i, j, _ in pairs.listed} == expected | set(every.exact)
+    for i, j, value in pairs.listed:
+        assert value == pytest.approx(every.cosines[i][j], abs=1e-6)
+        assert pairs.error(i, j) == pytest.approx(every.error(i, j), abs=1e-6)
+    assert pairs.rows(3) == pairs.rows()[:3]
+    assert [row["first"] for row in pairs.rows(3)] == [row["first"] for row in every.rows(3)]
+
+
+def test_of_more_than_two_thousand_the_nearest_are_listed(
+    many: tuple[Path, Pairs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, every = many
+    monkeypatch.setattr("loratools.surgery.find.pairs.EVERY", len(every.adapters) - 1)
+    assert compare_all(folder).most == NEIGHBOURS
+    monkeypatch.setattr("loratools.surgery.find.pairs.EVERY", len(every.adapters))
+    assert compare_all(folder).most is None
