@@ -49,8 +49,11 @@ class Entry:
 
     @classmethod
     def of(cls, meta: Mapping[str, Any]) -> Entry:
-        """Take down what obstore says of an object."""
-        return cls(meta["path"], meta["size"], meta["e_tag"], str(meta["last_modified"]))
+        """Take down what obstore says of an object, its mark as HTTP writes it: Azure lists it without quotes."""
+        mark = meta["e_tag"]
+        if mark and not mark.startswith(('"', "W/")):
+            mark = f'"{mark}"'
+        return cls(meta["path"], meta["size"], mark, str(meta["last_modified"]))
 
     @property
     def state(self) -> str:

@@ -12,6 +12,11 @@ _CREDENTIALS = {
     "gs": "Set GOOGLE_APPLICATION_CREDENTIALS, or GOOGLE_SKIP_SIGNATURE=true for a public bucket.",
     "az": "Set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or what else your account needs.",
 }
+_PLACES = {
+    "s3": "Check its name, its region and the endpoint (AWS_ENDPOINT).",
+    "az": "Check its name, the account and the endpoint (AZURE_STORAGE_ENDPOINT).",
+}
+_VARIABLES = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
 _METADATA = ("169.254.", "metadata.google", "metadata/identity")  # where machines of a cloud ask who they are
 _SCHEMES = ("s3://", "gs://", "az://", "https://", "http://")
 
@@ -59,9 +64,7 @@ def in_words(error: Exception, place: str, scheme: str) -> Exception:
     text, kind, code = str(error), type(error).__name__, _status(str(error))
     what = _CREDENTIALS.get(scheme, "Check the address.")
     if "NoSuchBucket" in text or "ContainerNotFound" in text:
-        return StoreError(
-            f"{place}: no such bucket", hint="Check its name, its region and the endpoint (AWS_ENDPOINT)."
-        )
+        return StoreError(f"{place}: no such bucket", hint=_PLACES.get(scheme, "Check its name."))
     if isinstance(error, FileNotFoundError):
         return StoreError(f"{place}: no such object", hint="Check the key; it may have been removed meanwhile.")
     if kind == "PreconditionError":
@@ -75,7 +78,7 @@ def in_words(error: Exception, place: str, scheme: str) -> Exception:
     if code is not None:
         return StoreError(f"{place}: the store refused (status {code}{_code(text)})")
     if "scheme is not allowed" in text or "BadScheme" in text:
-        hint = "Set AWS_ALLOW_HTTP=true for a store of your own."
+        hint = f"Set {_VARIABLES.get(scheme, 'AWS')}_ALLOW_HTTP=true for a store of your own."
         return StoreError(f"{place}: the endpoint is http://, which is not allowed", hint=hint)
     if kind == "NotSupportedError" or "range" in text.lower().partition("debug source")[0]:
         return StoreError(f"{place}: it cannot be read in parts: {_first(text)}")
