@@ -18,12 +18,15 @@ def beside(target: Path, name: str) -> Path:
     return target.parent / f".{target.name}.{name}"
 
 
-def make(folder: Path, target: Path, *, kept: bool) -> locks.Lock | None:
-    """Make a folder, or take the kept one that is there; return its lock, or None where the file system has none."""
+def make(folder: Path, target: Path, *, kept: bool, shared: bool = False) -> locks.Lock | None:
+    """Make a folder, or take the kept one that is there; return its lock, or None where the file system has none.
+
+    A `shared` lock is one beside others that are shared.
+    """
     while True:
         folder.mkdir(exist_ok=True)
         try:
-            return locks.lock(folder)
+            return locks.share(folder) if shared else locks.lock(folder)
         except BlockingIOError:
             if kept:
                 hint = "Wait for it, or choose another output."

@@ -65,6 +65,20 @@ def part_folder(target: Path, key: str) -> Iterator[Path]:
 
 
 @contextmanager
+def part_room(folder: Path, target: Path) -> Iterator[None]:
+    """Have the folder in which all parts of an output write there, and left alone, while the block runs.
+
+    Other parts write in it too. It stays. Raises `OutputRefused` while a run makes the output of all parts.
+    """
+    lock = make(folder, target, kept=True, shared=True)
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()
+
+
+@contextmanager
 def part_folders(target: Path, only: Sequence[Path] | None = None) -> Iterator[list[Path]]:
     """Yield the folders of all parts of an output, by name, which nobody else may work in or remove meanwhile.
 

@@ -55,6 +55,16 @@ def lock(folder: Path) -> Lock:
     return _locked(folder, Lock(os.open(file, os.O_RDWR | os.O_CREAT | system.BINARY, 0o666), file), _lock_byte)
 
 
+def share(folder: Path) -> Lock | None:
+    """Lock a folder beside others that do so too: `lock` refuses it then, so that nobody takes it for a leftover.
+
+    Returns None on Windows, which has no such lock for folders. Raises what `lock` raises.
+    """
+    if not _fcntl:
+        return None
+    return _locked(folder, Lock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)), _flock_shared)
+
+
 def sweep(target: Path) -> None:
     """Remove the files of locks for an output whose folders are gone; Windows keeps those that somebody holds."""
     if _msvcrt and not _fcntl:
@@ -83,6 +93,10 @@ def _locked(folder: Path, held: Lock, take: Callable[[int], None]) -> Lock:
 
 def _flock(descriptor: int) -> None:
     _fcntl.flock(descriptor, _fcntl.LOCK_EX | _fcntl.LOCK_NB)
+
+
+def _flock_shared(descriptor: int) -> None:
+    _fcntl.flock(descriptor, _fcntl.LOCK_SH | _fcntl.LOCK_NB)
 
 
 def _lock_byte(descriptor: int) -> None:

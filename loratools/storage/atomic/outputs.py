@@ -14,7 +14,7 @@ from loratools.storage.atomic.afar import reference as spelled
 from loratools.storage.atomic.fleeting import temporary
 from loratools.storage.atomic.hidden import FULL, Busy, beside, make
 from loratools.storage.atomic.inputs import check_unchanged
-from loratools.storage.atomic.kept import kept_folder, part_folder, part_folders
+from loratools.storage.atomic.kept import kept_folder, part_folder, part_folders, part_room
 from loratools.storage.atomic.leftovers import remove
 from loratools.storage.atomic.place import put
 from loratools.storage.atomic.sync import sync, sync_names
@@ -23,7 +23,7 @@ from loratools.storage.atomic.undisturbed import undisturbed
 
 __all__ = [
     "check_output", "check_space", "free_space", "kept_folder", "new_file", "new_files", "new_folder", "new_output",
-    "part_folder", "part_folders", "refuse_inputs", "remove", "spelled", "sweep", "temporary",
+    "part_folder", "part_folders", "part_room", "refuse_inputs", "remove", "spelled", "sweep", "temporary",
 ]  # fmt: skip
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from loratools.errors import BadFile, LoraToolsError, counted
+from loratools.errors import BadFile, LoraToolsError, OutputRefused, counted
 from loratools.parallel import Progress, no_progress
 from loratools.parallel.call import Call
 from loratools.parallel.shares import Part
@@ -90,8 +90,9 @@ def merge_part(call: Call, part: Part | str, *, progress: Progress | None = None
     try:
         return write_part(planned, prepared, part, token, progress or no_progress, room)
     except LoraToolsError:
-        if leftovers.parts_of(prepared.output.absolute()) in ([], [room.absolute()]):  # nobody else's lies there
-            atomic.remove(room)
+        if leftovers.parts_of(prepared.output.absolute()) == [room.absolute()]:  # nobody else's lies there
+            with suppress(OutputRefused), atomic.part_folders(prepared.output, [room.absolute()]):  # nor will
+                atomic.remove(room)
         raise
 
 
@@ -154,9 +155,9 @@ def write_part(
     anything else can happen to them.
     """
     mine = planned.parts(prepared, part.of)[part.number - 1]
-    with atomic.part_folder(prepared.output, token) as folder:
-        if durable:
-            room.mkdir(exist_ok=True)
+    # The room of workers is their caller's, who removes it to call them off.
+    kept_room = atomic.part_room(room, prepared.output) if durable else nullcontext()
+    with atomic.part_folder(prepared.output, token) as folder, kept_room:
         journal = Journal(folder, planned.key, durable=durable, passing=not durable, room=room)
         kept = tuple(file.name for file in mine if file.name in journal.kept)
         files = tuple(file for file in mine if file.name not in kept)

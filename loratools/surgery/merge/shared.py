@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -18,7 +19,7 @@ from loratools.parallel.executors import Workers, opened
 from loratools.parallel.shares import Part
 from loratools.records import dataclass
 from loratools.storage import atomic
-from loratools.storage.atomic import inputs, leftovers
+from loratools.storage.atomic import inputs, leftovers, machine
 from loratools.storage.sources import session
 from loratools.surgery.merge.parts import PartReport, finish, write_part
 from loratools.surgery.merge.planned import Planned, decide_call
@@ -109,10 +110,12 @@ def work(task: _Task) -> PartReport:
                     "another folder there", hint="Every worker has to see the same folders under the same names.",
                 )  # fmt: skip
             prepared, token = _again(planned), f"{planned.key[:4]}{task.part.number:04x}"
+            # The machine is in the name: on a server's folder its locks are seen here alone.
+            own, beside = f"{token}{machine.mark()}", f"{token}{secrets.token_hex(2)}{machine.mark()}"
             try:
-                report = write_part(planned, prepared, task.part, token, wanted, mark, durable=False)
+                report = write_part(planned, prepared, task.part, own, wanted, mark, durable=False)
             except OutputRefused:  # a worker that was given up still holds it: begin beside it, with the same bytes
-                report = write_part(planned, prepared, task.part, token + _random(), wanted, mark, durable=False)
+                report = write_part(planned, prepared, task.part, beside, wanted, mark, durable=False)
             if not mark.exists():  # nobody else will remove it
                 atomic.remove(Path(report.folder))
                 raise LoraToolsError("the work was called off")
@@ -175,9 +178,3 @@ def _remove(output: Path, key: str) -> None:
         if time.monotonic() > end:
             return
         time.sleep(0.05 if any(folder.exists() for folder in held) else 0)
-
-
-def _random() -> str:
-    import secrets
-
-    return secrets.token_hex(4)

@@ -18,6 +18,7 @@ from loratools.parallel.executors._pool import Pool
 from loratools.parallel.shares import Part, balanced
 from loratools.records import dataclass
 from loratools.storage import atomic
+from loratools.storage.atomic import machine
 from loratools.storage.sources import session
 from loratools.surgery.sharing import verbs
 from loratools.surgery.sharing.task import Done, Task, do, key_of, stamps
@@ -80,9 +81,7 @@ class Caller:
 
     def _room(self, output: Path) -> Path:
         """Make the folder beside the output that workers write into; it goes when the verb ends."""
-        import secrets
-
-        room = self.stack.enter_context(atomic.part_folder(output, secrets.token_hex(4)))
+        room = self.stack.enter_context(atomic.part_folder(output, machine.token()))
         self.stack.callback(atomic.remove, room)
         return room
 

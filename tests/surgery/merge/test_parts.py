@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loratools.errors import BadFile, IncompatibleAdapter, InvalidOption
+from loratools.errors import BadFile, IncompatibleAdapter, InvalidOption, OutputRefused
 from loratools.parallel.call import Call
+from loratools.storage import atomic
+from loratools.storage.atomic.leftovers import KEPT, parts_of, sweep
+from loratools.storage.atomic.machine import mark
 from loratools.surgery.dequantize import PLACES, dequantize
 from loratools.surgery.merge import merge
 from loratools.surgery.merge.parts import call_of, gather, merge_part
@@ -268,3 +272,38 @@ def _save_experts(folder: Path) -> None:
     factors = {f"layers.{i}.mlp.experts": (random(8, 32, seed=9), random(48, 8, seed=8)) for i in range(3)}
     settings = {"r": 2, "target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}
     save_adapter(folder / "of experts", Lora(factors, settings=settings))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders have no shared locks there")
+def test_what_parts_write_in_is_no_leftover_while_one_writes(tmp_path: Path) -> None:
+    base, adapter = prepare(tmp_path)
+    call = call_of(base, [adapter], tmp_path / "out")
+    room = Path(merge_part(call, "1/2").room)
+    merge_part(call, "2/2")
+    with atomic.part_room(room, tmp_path / "out"), atomic.part_room(room, tmp_path / "out"):  # as two parts do
+        with pytest.raises(OutputRefused, match="out is being written by another process"):
+            gather(tmp_path / "out")
+        sweep(tmp_path / "out", KEPT)
+        assert list(room.iterdir())
+    with atomic.part_folders(tmp_path / "out"), pytest.raises(OutputRefused, match="out is being written by another"):
+        merge_part(call, "1/2")
+    sweep(tmp_path / "out", KEPT)
+    assert leftovers(tmp_path) == []
+
+
+def test_workers_have_their_machine_in_the_names_of_their_folders(tmp_path: Path) -> None:
+    base, adapter = prepare(tmp_path)
+    seen: list[str] = []
+
+    class Looking(ThreadPoolExecutor):
+        def submit(self, *args: Any, **named: Any) -> Any:
+            future = super().submit(*args, **named)
+            future.result()
+            seen.extend(path.name for path in parts_of(tmp_path / "out"))
+            return future
+
+    with Looking(1) as executor:
+        merge_shared(call_of(base, [adapter], tmp_path / "out"), executor)
+    made = {name for name in seen if not name.endswith("0000")}
+    assert made
+    assert all(len(name.rpartition("-")[2]) == 12 and name.endswith(mark()) for name in made)
