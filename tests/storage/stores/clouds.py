@@ -2,7 +2,7 @@
 
 Google's XML interface is S3's, and obstore speaks it: moto's server takes it, but for the word that stands for a
 signature. Azure is Microsoft's own emulator, azurite (npm), where the machine has it: `azurite-blob` on the PATH, or
-its `main.js` in LORATOOLS_AZURITE.
+its `main.js` in AZURITE_MAIN.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ class Azure:
 
 def azurite() -> tuple[str, ...] | None:
     """Return the words that start azurite; None where there is none."""
-    if script := os.environ.get("LORATOOLS_AZURITE"):
+    if script := os.environ.get("AZURITE_MAIN"):
         node = shutil.which("node")
         return (node, script) if node else None
     found = shutil.which("azurite-blob")

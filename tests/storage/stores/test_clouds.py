@@ -23,7 +23,7 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     pytest.importorskip("obstore")
     pytest.importorskip("moto.server")
     if request.param == "az" and azurite() is None:
-        pytest.skip("azurite is not installed: npm install azurite, and its main.js in LORATOOLS_AZURITE")
+        pytest.skip("azurite is not installed: npm install azurite, and its main.js in AZURITE_MAIN")
     made = (Google if request.param == "gs" else Azure)(tmp_path_factory.mktemp("cloud"))
     yield request.param, made
     made.close()
