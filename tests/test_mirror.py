@@ -29,7 +29,7 @@ ELSEWHERE = {
     "cli/test_each": "cli: _batch _pool",
     "cli/test_run": ".: __main__ decisions errors; cli: _faults _group _talk",
     "cli/test_words": "cli: _spelling",
-    "cli/test_show": "cli: _certificate",
+    "cli/test_show": "cli: _certificate _pieces",
     "dialects/kohya/test_kohya": "storage: save",
     "demo/test_llama": "demo: quantized stop tour trained",
     "format/test_manifest": "format: canonical",

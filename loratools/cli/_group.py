@@ -15,7 +15,7 @@ import click
 from loratools.cli import _spelling as spelling
 from loratools.cli._hints import placed
 from loratools.cli._options import several_options
-from loratools.cli._show import SCHEMA, Report, encoded, fitted, room
+from loratools.cli._show import SCHEMA, Report, fitted, room
 from loratools.cli._show import line as show_line
 from loratools.cli._spelling import long_name
 from loratools.cli._talk import Talk
@@ -285,6 +285,8 @@ def emit(report: Report, talk: Talk) -> None:
     """Print a report to stdout: its document with --json, else its text."""
     if talk.json:
         document = {"schema": SCHEMA} | dict(report.document) | {"schema": SCHEMA, "warnings": talk.warnings}
+        from loratools.cli._pieces import encoded
+
         for piece in encoded(document):
             click.echo(talk.named(piece), nl=False)
         click.echo()

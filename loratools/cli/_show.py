@@ -39,17 +39,6 @@ def encode(document: Mapping[str, Any]) -> str:
     return json.dumps(plain(document), indent=2, allow_nan=False)
 
 
-def encoded(document: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what `encode` returns in pieces, each with whole strings of the document: a text of any length."""
-    growing: list[str] = []
-    for piece in json.JSONEncoder(indent=2, allow_nan=False).iterencode(plain(document)):
-        growing.append(piece)
-        if len(growing) >= _PIECES:
-            yield "".join(growing)
-            growing = []
-    yield "".join(growing)
-
-
 def encode_line(document: Mapping[str, Any]) -> str:
     """Return a JSON document in ASCII on one line, of `plain` values."""
     return json.dumps(plain(document), separators=(",", ":"), allow_nan=False)
@@ -60,7 +49,6 @@ def encode_text(text: str) -> str:
     return json.dumps(text)[1:-1]
 
 
-_PIECES = 1 << 14  # parts of a document that are written at once
 _ATOMS = frozenset({str, int, bool, type(None)})
 
 
@@ -111,12 +99,6 @@ class Fields(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._fields)
-
-
-def fields_of(value: Any) -> dict[str, Any]:
-    """Return the fields of a value as they are, of one with very many numbers: `encode` makes them plain, once."""
-    kind: type = type(value)
-    return {name: getattr(value, name) for name in _names(kind)}
 
 
 _NAME = 16  # characters that a name in a table keeps at least

@@ -11,6 +11,7 @@ import click
 from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._group import command as make
+from loratools.cli._pieces import fields_of
 from loratools.cli._talk import Talk, pass_talk
 from loratools.errors import counted
 
@@ -104,7 +105,7 @@ def _all(talk: Talk, folder: Path, base: str | None, similar: float, most: int |
 
     with talk.progress("reading", 0) as advance:
         pairs = compare_all(folder, base=base, similar=similar, most=most, progress=advance)
-    return show.Report(show.fields_of(pairs), _pairs(pairs), ok=not pairs.failed)
+    return show.Report(fields_of(pairs), _pairs(pairs), ok=not pairs.failed)
 
 
 def _pairs(pairs: Pairs) -> Iterator[str]:

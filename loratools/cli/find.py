@@ -13,6 +13,7 @@ import click
 from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._group import command as make
+from loratools.cli._pieces import fields_of
 from loratools.cli._talk import Talk, pass_talk
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def command(talk: Talk, folder: str, base: str | None, similar: float) -> show.R
 
     with talk.progress("reading", 0) as advance:
         found = find(folder, base=base, similar=similar, progress=advance)
-    return show.Report(show.fields_of(found), _lines(found), ok=not found.failed)
+    return show.Report(fields_of(found), _lines(found), ok=not found.failed)
 
 
 def _lines(found: Findings) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from loratools.cli import _show as show
+from loratools.cli._pieces import encoded
 from loratools.cli._show import LONGEST, alike, encode, exact, fields, fitted, line, number, shortened, size, table
 from loratools.errors import printable
 
@@ -205,3 +207,10 @@ def test_fields_are_made_when_they_are_asked_for() -> None:
     assert asked == []
     assert json.loads(encode(made)) == {"path": "a", "number": 3, "list": [1, 2], "more": "x"}
     assert (len(made), asked) == (4, ["number"])
+
+
+def test_a_long_document_is_the_same_in_pieces() -> None:
+    document = {"text": "a\n" * 9, "numbers": [i / 7 for i in range(40_000)], "none": (math.nan, None, ())}
+    pieces = list(encoded(document))
+    assert len(pieces) > 2
+    assert "".join(pieces) == encode(document)
