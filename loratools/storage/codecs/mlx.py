@@ -100,7 +100,7 @@ class _Fp4(Floats):
             size = np.abs(np.nan_to_num(x, nan=0.0))
             codes = np.searchsorted((self.table[1:8] + self.table[:7]) / 2, size, side="left").astype(np.uint8)
         else:
-            codes = super().codes(np.abs(x), draw)
+            codes = super(_Fp4, self).codes(np.abs(x), draw)  # noqa: UP008  (a slots dataclass)
         signed: Array = codes | np.where((codes > 0) & (x < 0), np.uint8(8), np.uint8(0))
         return signed
 
