@@ -109,7 +109,7 @@ def write_pieces(
 ) -> str:  # fmt: skip
     """Write the bytes of a restored tensor where `spec` says, to an open file; return its digest."""
     hasher, at = digest.start_tensor(spec.dtype, spec.shape), spec.start
-    for piece in _gathered(pieces, min(files.CHUNK, spec.nbytes)):
+    for piece in pieces:
         hasher.update(piece)
         files.write_from(target, memoryview(piece), at)
         at += len(piece)
@@ -117,25 +117,6 @@ def write_pieces(
     if at != spec.stop:
         raise BadFile(f"{residual}: tensor {name!r} has {at - spec.start} bytes, expected {spec.nbytes}")
     return digest.finish(hasher)
-
-
-def _gathered(pieces: Iterable[bytes | memoryview], size: int) -> Iterator[bytes | memoryview]:
-    """Yield what small pieces hold in pieces of `size` bytes, each valid until the next is asked for.
-
-    Long ones are hashed sooner, and of a long write the kernel makes fewer and larger pieces of its cache.
-    """
-    memory = memoryview(bytearray(size))
-    filled = 0
-    for piece in pieces:
-        if filled + len(piece) > size:
-            yield memory[:filled]
-            filled = 0
-        if len(piece) >= size:
-            yield piece
-            continue
-        memory[filled : filled + len(piece)] = piece
-        filled += len(piece)
-    yield memory[:filled]
 
 
 def file_plan(model: Checkpoint, file: Layout) -> FilePlan:

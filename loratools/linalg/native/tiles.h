@@ -1,9 +1,9 @@
 /* Tiles of a tensor, read from one file and changed a few rows at a time, and written to another.
  *
  * Those rows stay in a core's own cache while they are changed, and no lock of Python's is taken in a tile. It is written
- * at once: of a long write the kernel makes few and large pieces of its cache, which takes half the time.
+ * then, in pieces that the kernel's cache takes quickly: shorter ones cost more, and longer ones where memory is full.
  */
-enum { BLOCK = 1 << 17 }; /* bytes of these rows, about */
+enum { BLOCK = 1 << 17, PIECE = 1 << 18 }; /* bytes of these rows, about; of one write */
 enum { DONE, READ_FAILED, ENDED, WRITE_FAILED, NO_DIRECTION };
 
 /* Rows `first`, `first + step`, … below `last` of a tensor, from `column` on, and the products that are added there:
@@ -112,7 +112,7 @@ static int fill(Tensor *at, char *memory, size_t bytes, int64_t from)
 static int put(Tensor *at, const char *memory, size_t bytes, int64_t to)
 {
     while (bytes) {
-        ssize_t count = pwrite((int)at->target, memory, bytes, to);
+        ssize_t count = pwrite((int)at->target, memory, bytes < PIECE ? bytes : PIECE, to);
         if (count < 0 && errno == EINTR) continue;
         if (count < 0) {
             at->error = (uint32_t)errno;
