@@ -14,7 +14,7 @@ from typing import Any
 from loratools.format.canonical import canonical_object
 from loratools.storage import digest
 
-FIELDS = ("kind", "rank", "alpha", "scaling", "layout", "tensor")
+FIELDS = frozenset({"kind", "rank", "alpha", "scaling", "layout", "tensor"})
 """Fields of a module's entry that decide what its tensors mean."""
 
 
@@ -31,7 +31,7 @@ def of(document: Mapping[str, Any], parts: Mapping[str, Iterable[str]], algorith
     whole = {
         "extensions": extensions,
         "modules": {
-            path: _covered(entry) | {"parts": sorted(parts.get(path, ()))}
+            path: {**_covered(entry), "parts": sorted(parts.get(path, ()))}
             for path, entry in document.get("modules", {}).items()
         },
         "replacements": {path: _covered(entry) for path, entry in document.get("replacements", {}).items()},
@@ -42,4 +42,4 @@ def of(document: Mapping[str, Any], parts: Mapping[str, Iterable[str]], algorith
 
 
 def _covered(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {field: entry[field] for field in FIELDS if field in entry}
+    return {field: value for field, value in entry.items() if field in FIELDS}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ MAX_CONFIG = 10_000_000
 _DATA = frozenset({"I-02"})
 _CHECKED = (*GATE, *CLAUSES)
 _OF_HEADER = tuple(name for name in _CHECKED if name not in _DATA)
+_PARENTS = frozenset({dict, list})
 _BEYOND = frozenset({"V-01", "X-04", "M-11"})
 
 
@@ -127,15 +127,14 @@ def open_subject(path: Path, header: Header | None = None) -> Subject | Problem:
     try:
         if not path.is_dir():
             return _open(path, header)
-        if not (path / ADAPTER_FILE).is_file():
+        if header is None and not (path / ADAPTER_FILE).is_file():
             raise _Refused("L-01", str(path), f"a folder without {ADAPTER_FILE}")
-        subject = _open(path / ADAPTER_FILE, header)
-        return replace(subject, path=path, config=_config(path / CONFIG_FILE))
+        return _open(path / ADAPTER_FILE, header, path)
     except _Refused as refused:
         return refused.problem
 
 
-def _open(path: Path, header: Header | None = None) -> Subject:
+def _open(path: Path, header: Header | None = None, folder: Path | None = None) -> Subject:
     try:
         header = header or read_header(path)
     except BadFile as error:
@@ -153,7 +152,8 @@ def _open(path: Path, header: Header | None = None) -> Subject:
     for name in modules if isinstance(modules, dict) else ():
         check_name(name, path)  # what compares them takes time that grows faster than they do
     shapes = {name: (spec.dtype, spec.shape) for name, spec in header.tensors.items()}
-    return Subject(path, shapes, document, text, None, header.tensors)
+    config = _config(folder / CONFIG_FILE) if folder else None
+    return Subject(folder or path, shapes, document, text, config, header.tensors)
 
 
 def _parse(text: str, path: Path) -> dict[str, Any]:
@@ -166,8 +166,11 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
     for _ in range(fields.MAX_DEPTH):
         if not level:
             break
-        below = (parent.values() if isinstance(parent, dict) else parent for parent in level)
-        level = [child for children in below for child in children if isinstance(child, (dict, list))]
+        below: list[Any] = []
+        for parent in level:
+            children = parent.values() if type(parent) is dict else parent
+            below += [child for child in children if type(child) in _PARENTS]
+        level = below
     if level:
         raise _Refused("S-08", path.name, f"the manifest is nested more than {fields.MAX_DEPTH} levels deep")
     return document

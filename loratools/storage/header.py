@@ -204,7 +204,8 @@ def nbytes(dtype: str, shape: Iterable[int]) -> int:
 
 
 def _spec(name: str, entry: Any, path: Path, data_start: int) -> TensorSpec:
-    check_name(name, path)
+    if len(name) > MAX_NAME or name.count(".") >= MAX_SEGMENTS:
+        check_name(name, path)
     if not isinstance(entry, dict) or entry.keys() != _ENTRY:
         raise BadFile(f"{path}: tensor {name!r}: expected exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -190,19 +190,21 @@ class Listing:
         if not self.single:
             refuse_outside([self.folder / name], self.folder)
 
-    def tell_unread(self, adapter: Adapter) -> None:
+    def tell_unread(self, adapter: Adapter) -> set[Path]:
         """Warn of files in the folder that can hold tensors, and of which the adapter that was read has none.
 
-        For who wants every detail, what each module is.
+        Returns the files that were read. For who wants every detail, what each module is.
         """
         for module, update in adapter.updates.items() if wants_detail() else ():
             detailed("%s: %s, rank %s, scaling %g", module, update.kind, update.rank, update.scaling)
-        read = {file.name for file in adapter.files()}
+        files = adapter.files()
+        read = {file.name for file in files}
         unread = [name for name in self.weights if name not in read]
         unread = [name for name in self.own_weights if name in unread] if unread else []
         unread += self._modules_beside()
         if unread and read and not self.single:
             warned("%s: %s is read; not looked at: %s", self.path, ", ".join(sorted(read)), ", ".join(unread[:12]))
+        return files
 
     def _modules_beside(self) -> list[str]:
         """Return the weights of a sentence-transformer's other modules, such as `2_Dense/model.safetensors`."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
@@ -64,12 +64,6 @@ class Subject:
             for name, value in values
         }
 
-    def kind(self, entry: Mapping[str, Any]) -> Kind | None:
-        """Return the kind of a module's entry; None for one that the file's own version does not register."""
-        name = entry.get("kind")
-        kind = KINDS.get(name) if isinstance(name, str) else None
-        return kind if kind and kind.since <= self.version else None
-
     @cached_property
     def version(self) -> tuple[int, ...]:
         """The version of the format that the file states."""
@@ -85,8 +79,11 @@ class Subject:
 
     @cached_property
     def kinds(self) -> Sequence[tuple[str, Mapping[str, Any], Kind | None]]:
-        """The well-formed entries of modules, and the kind of each, None for one that is not registered."""
-        return [(path, entry, self.kind(entry)) for path, entry in self.entries()]
+        """The well-formed entries of modules, and the kind of each, None for one that the file's version has not."""
+        known = {name: kind for name, kind in KINDS.items() if kind.since <= self.version}
+        names = [entry.get("kind") for _, entry in self._entries["modules"]]
+        found = [known.get(name) if isinstance(name, str) else None for name in names]
+        return [(path, entry, kind) for (path, entry), kind in zip(self._entries["modules"], found, strict=True)]
 
     @cached_property
     def whole(self) -> Mapping[str, frozenset[str]]:
@@ -125,23 +122,40 @@ class Subject:
     @cached_property
     def names(self) -> Mapping[str, tuple[str, str] | None]:
         """Tensor's name -> (module, part), or (its path, "") if it is no part, or None if it has no prefix."""
-        kinds = {path: kind for path, _, kind in self.kinds if kind}
-        replaced = set(self.replaced.values())
-
-        def split(name: str) -> tuple[str, str] | None:
-            pair = keys.split(name)
-            return pair if pair is None or pair[1] or name in replaced else registry.split(pair[0], kinds) or pair
-
-        return {name: split(name) for name in self.tensors}
+        return self._split[0]
 
     @cached_property
     def parts(self) -> Mapping[str, Mapping[str, str]]:
         """Module path -> part -> tensor name, as the names in the file and the kinds of its modules say."""
-        found: dict[str, dict[str, str]] = {}
-        for name, pair in self.names.items():
-            if pair and pair[1]:
-                found.setdefault(pair[0], {})[pair[1]] = name
-        return found
+        return self._split[1]
+
+    @cached_property
+    def _split(self) -> _Names:
+        kinds = tuple([(path, kind.name) for path, _, kind in self.kinds if kind])
+        split = _split if len(self.tensors) < _MANY else _split.__wrapped__
+        return split(tuple(self.tensors), kinds, tuple(self.replaced.values()))
+
+
+_MANY = 4096
+"""Tensors of which an answer is not kept for the next adapter: it would take more memory than it is worth."""
+
+_Names = tuple[Mapping[str, tuple[str, str] | None], Mapping[str, Mapping[str, str]]]
+
+
+@lru_cache(64)  # the next adapter has the same names
+def _split(names: tuple[str, ...], kinds_of: tuple[tuple[str, str], ...], replacing: tuple[str, ...]) -> _Names:
+    """Return `names` and `parts` of a subject whose modules are of these kinds (path, kind)."""
+    kinds, replaced = {path: KINDS[name] for path, name in kinds_of}, set(replacing)
+    pairs: dict[str, tuple[str, str] | None] = {}
+    parts: dict[str, dict[str, str]] = {}
+    for name in names:
+        pair = keys.split(name)
+        if pair is not None and not pair[1] and name not in replaced:
+            pair = registry.split(pair[0], kinds) or pair
+        pairs[name] = pair
+        if pair and pair[1]:
+            parts.setdefault(pair[0], {})[pair[1]] = name
+    return pairs, parts
 
 
 def natural(value: Any, least: int = 0) -> bool:

@@ -102,8 +102,10 @@ def base_numbers(subject: Subject) -> Iterator[Fault]:
 @CHAPTER.clause("I-07")
 def one_algorithm(subject: Subject) -> Iterator[Fault]:
     """Check that all digests of a base hash are of one algorithm."""
-    stated = [*_digests(_tiers(subject)), *_numbers(_tiers(subject))]
-    algorithms = {digest.algorithm_of(value) for _, value in stated if is_digest(value)}
+    stated = [value for _, value in (*_digests(_tiers(subject)), *_numbers(_tiers(subject))) if isinstance(value, str)]
+    if len({value.partition(":")[0] for value in stated}) < 2:  # of which the others are no more
+        return
+    algorithms = {digest.algorithm_of(value) for value in stated if is_digest(value)}
     if len(algorithms) > 1:
         yield "base_model.hash", f"mixes digests of {' and '.join(sorted(algorithms))}"
 

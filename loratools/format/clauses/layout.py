@@ -71,8 +71,8 @@ def layers(subject: Subject) -> Iterator[Fault]:
 @CHAPTER.clause("L-16")
 def rows(subject: Subject) -> Iterator[Fault]:
     """Compare the rows that PEFT would replace with those of the modules of kind `tokens`."""
-    sound = [(path, entry) for path, entry, kind in subject.modules() if not any(layout_faults(kind, entry))]
-    indices = {path: entry["layout"]["rows"] for path, entry in sound if entry["kind"] == "tokens"}
+    tokens = [module for module in subject.modules() if module[2].name == "tokens"]
+    indices = {path: entry["layout"]["rows"] for path, entry, kind in tokens if not any(layout_faults(kind, entry))}
     yield from _equal(subject, "trainable_token_indices", indices)
 
 
@@ -112,12 +112,15 @@ def ranks(subject: Subject) -> Iterator[Fault]:
 def scalings(subject: Subject) -> Iterator[Fault]:
     """Compare the scaling that PEFT would give each module with the manifest's."""
     rooted = bool((subject.config or {}).get("use_rslora"))
+    before = None
     for path, entry, rank, alpha in _configured(subject):
         stated: Any = entry.get("scaling")
-        if rank != entry["rank"] or not number(stated):
+        if rank != entry["rank"] or not number(stated) or (rank, alpha, stated) == before:
             continue
         scaling = _quotient(alpha, math.sqrt(rank) if rooted else rank)
-        if scaling != stated and not math.isclose(scaling, stated, rel_tol=TOLERANCE):
+        if scaling == stated or math.isclose(scaling, stated, rel_tol=TOLERANCE):
+            before = rank, alpha, stated  # most modules have those of the last one
+        else:
             yield path, f"the manifest says scaling {stated:g}, adapter_config.json {scaling:g}"
 
 
@@ -201,7 +204,9 @@ def neutral(subject: Subject) -> Iterator[Fault]:
     config = _lora(subject) or {}
     for field, allowed in _NEUTRAL.items():
         value = config.get(field, allowed[0])
-        if not any(type(value) is type(harmless) and value == harmless for harmless in allowed):
+        if value is not allowed[0] and not any(
+            type(value) is type(harmless) and value == harmless for harmless in allowed
+        ):
             yield "adapter_config.json", f"{field}: {shown(value)} changes what the tensors mean"
 
 

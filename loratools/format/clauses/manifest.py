@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from loratools.errors import BadFile
@@ -32,7 +32,7 @@ MAX_NAME = 512
 MAX_DEPTH = 32
 
 _NO_LAYOUT: Mapping[str, Any] = {}
-_PATH = re.compile(r"[^.\x00-\x1f\x7f]+(\.[^.\x00-\x1f\x7f]+)*")
+_path = lru_cache(4096)(re.compile(r"[^.\x00-\x1f\x7f]+(\.[^.\x00-\x1f\x7f]+)*").fullmatch)  # the next has the same
 
 
 @CHAPTER.clause("M-02")
@@ -142,7 +142,7 @@ def paths(subject: Subject) -> Iterator[Fault]:
     """Check the grammar of module paths and of replaced parameters' paths."""
     for field in ("modules", "replacements"):
         for path, _ in subject.entries(field):
-            if not _PATH.fullmatch(path):
+            if not _path(path):
                 yield field, f"{shown(path)} is not a path of non-empty segments with dots between them"
 
 
@@ -285,9 +285,9 @@ def _steps(subject: Subject) -> list[dict[str, Any]]:
 def name_length(subject: Subject) -> Iterator[Fault]:
     """Check the length of names."""
     entries = subject.entries("modules", "replacements")
-    stated = (name for path, entry in entries for name in (path, entry.get("tensor")) if isinstance(name, str))
-    for name in (*subject.tensors, *stated):
-        if len(name) > MAX_NAME // 4 and len(name.encode()) > MAX_NAME:
+    stated = [name for path, entry in entries for name in (path, entry.get("tensor")) if isinstance(name, str)]
+    for name in [name for name in [*subject.tensors, *stated] if len(name) > MAX_NAME // 4]:
+        if len(name.encode()) > MAX_NAME:
             yield shown(name), f"the name is {len(name.encode())} bytes long; the limit is {MAX_NAME}"
 
 

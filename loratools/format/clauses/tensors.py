@@ -13,6 +13,7 @@ from loratools.format.registry import FLAG, KINDS
 from loratools.storage import dtypes
 
 CHAPTER = Chapter()
+_FLOATS = frozenset(dtypes.FLOATS)
 
 
 @CHAPTER.clause("T-01")
@@ -53,6 +54,8 @@ def replaced(subject: Subject) -> Iterator[Fault]:
 @CHAPTER.clause("T-05")
 def dtype(subject: Subject) -> Iterator[Fault]:
     """Check that factors are floating-point numbers."""
+    if {dtype for dtype, _ in subject.tensors.values()} <= _FLOATS:
+        return
     for tensors in subject.parts.values():
         for part, name in tensors.items():
             if subject.tensors[name][0] not in dtypes.FLOATS and part != FLAG:

@@ -26,7 +26,7 @@ from loratools.format.manifest import METADATA_KEY, ORIGIN
 from loratools.records import dataclass
 from loratools.storage.beside.cards import read_card
 from loratools.storage.sources import Location, session
-from loratools.surgery.inspect.amounts import Amount, TensorSummary, by_dtype, summary_of, total_of
+from loratools.surgery.inspect.amounts import Amount, TensorSummary, by_dtype, sizes_of, summary_of, total_of
 
 if TYPE_CHECKING:  # what the headers of one adapter do not need is not imported for it
     from loratools.dialects import InMemory
@@ -195,8 +195,7 @@ def _kept(adapter: Adapter, patterns: _Patterns) -> Adapter:
 
 def _described(listing: Listing, path: Location, dialect: str, evidence: str, patterns: _Patterns) -> AdapterSummary:
     adapter = get(dialect).read(listing)
-    listing.tell_unread(adapter)
-    read, entries = adapter.files(), metadata_of(adapter)
+    read, entries = listing.tell_unread(adapter), metadata_of(adapter)
     for name in listing.weights:
         if listing.folder / name in read and (header := listing.header(name)):
             entries |= {key: value for key, value in header.metadata.items() if key != METADATA_KEY}
@@ -213,15 +212,17 @@ def describe_adapter(
     `entries` are those of its header (default: those that it carries), `card` the text of its README.md.
     """
     entries = metadata_of(adapter) if entries is None else entries
-    modules = tuple([
-        ModuleSummary(
+    sizes = sizes_of(adapter.replacements.values())
+    listed: list[ModuleSummary] = []
+    for module in sorted(adapter.updates, key=natural):
+        update = adapter.updates[module]
+        own = sizes_of(update.parts.values())
+        sizes += own
+        listed.append(ModuleSummary(
             module, update.kind, update.rank, update.alpha, update.scaling, update.shape,
-            sum([part.parameters for part in parts]), sum([part.nbytes for part in parts]),
-        )
-        for module, update in sorted(adapter.updates.items(), key=lambda item: natural(item[0]))
-        for parts in [update.parts.values()]
-    ])  # fmt: skip
-    dtypes = by_dtype(adapter.tensors().values())
+            sum([size[1] for size in own]), sum([size[2] for size in own]),
+        ))  # fmt: skip
+    modules, dtypes = tuple(listed), by_dtype(sizes)
     return AdapterSummary(
         path=str(path), dialect=dialect, evidence=evidence, groups=_groups(modules), modules=modules,
         replacements=tuple(summary_of(name, adapter.replacements[name]) for name in sorted(adapter.replacements)),

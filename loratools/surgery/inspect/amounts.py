@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from loratools.storage.lazy import LazyTensor
 
     Tensor = LazyTensor | TensorSpec
+
+Size = tuple[str, int, int]
+"""A tensor's dtype, parameters and bytes."""
 
 
 class Amount(NamedTuple):
@@ -35,8 +38,15 @@ def summary_of(name: str, tensor: Tensor) -> TensorSummary:
 
 
 def amount_of(tensors: Iterable[Tensor]) -> Amount:
-    listed = list(tensors)
-    return Amount(len(listed), sum([tensor.parameters for tensor in listed]), sum([tensor.nbytes for tensor in listed]))
+    return _amount(sizes_of(tensors))
+
+
+def sizes_of(tensors: Iterable[Tensor]) -> list[Size]:
+    return [(tensor.dtype, tensor.parameters, tensor.nbytes) for tensor in tensors]
+
+
+def _amount(sizes: Sequence[Size]) -> Amount:
+    return Amount(len(sizes), sum([size[1] for size in sizes]), sum([size[2] for size in sizes]))
 
 
 def total_of(amounts: Iterable[Amount]) -> Amount:
@@ -48,8 +58,9 @@ def total_of(amounts: Iterable[Amount]) -> Amount:
     )  # fmt: skip
 
 
-def by_dtype(tensors: Iterable[Tensor]) -> dict[str, Amount]:
-    groups: dict[str, list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        groups[tensor.dtype].append(tensor)
-    return {dtype: amount_of(group) for dtype, group in sorted(groups.items())}
+def by_dtype(sizes: Iterable[Size]) -> dict[str, Amount]:
+    """Return the amounts of each dtype."""
+    groups: dict[str, list[Size]] = defaultdict(list)
+    for size in sizes:
+        groups[size[0]].append(size)
+    return {dtype: _amount(group) for dtype, group in sorted(groups.items())}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.adapter.naming.compact import natural
 from loratools.records import dataclass
 from loratools.storage.sources import Location
-from loratools.surgery.inspect.amounts import Amount, TensorSummary, amount_of, by_dtype, summary_of
+from loratools.surgery.inspect.amounts import Amount, TensorSummary, amount_of, by_dtype, sizes_of, summary_of
 
 if TYPE_CHECKING:
     from loratools.storage.checkpoint import Checkpoint
@@ -65,7 +65,7 @@ def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSum
         or in_gguf.get("architecture", entries.get("modelspec.architecture")),
         model_type=model_type if isinstance(model_type, str) else None,
         tied=tied, quantization=stated_codes(config) or gguf_codes(specs), parent=in_gguf.get("parent"),
-        total=amount_of(specs.values()), dtypes=by_dtype(specs.values()),
+        total=amount_of(specs.values()), dtypes=by_dtype(sizes_of(specs.values())),
         shards={
             shard.path.relative_to(checkpoint.root).as_posix(): amount_of(shard.tensors.values())
             for shard in checkpoint.shards
