@@ -23,7 +23,7 @@ from tests.conftest import REPOSITORY, clean_env
 
 FLOORS: Mapping[str, tuple[str, ...]] = {
     "loratools": (
-        "errors records",
+        "errors",
         "decisions version",
         "options",
         "parallel",
@@ -164,7 +164,7 @@ REGISTERED = {
 LONGEST = 300
 MOST = 18
 """Entries of a folder, its `__init__.py` not counted; a newcomer looks through all of them."""
-MOST_OF = {"storage": 20, "surgery": 23, "loratools": 20} | dict.fromkeys(REGISTERED - {"dialects"}, 1000)
+MOST_OF = {"storage": 20, "surgery": 23, "loratools": 19} | dict.fromkeys(REGISTERED - {"dialects"}, 1000)
 VAGUE = {"utils", "util", "common", "core", "helpers", "helper", "misc", "tools"}
 
 

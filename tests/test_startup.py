@@ -114,7 +114,7 @@ def test_a_merge_leaves_other_layouts_alone(prepared: Path) -> None:
 
 def test_help_needs_the_command_line_only(prepared: Path) -> None:
     ours = {name.split(".")[1] for name in imported(["--help"], prepared, WHOLE) if name.startswith("loratools.")}
-    assert ours == {"__main__", "cli", "decisions", "errors", "options", "records", "storage", "version"}
+    assert ours == {"__main__", "cli", "decisions", "errors", "options", "storage", "version"}
 
 
 @pytest.mark.skipif(not tiles.available(), reason="no C code that reads files")
@@ -124,28 +124,6 @@ def test_a_merge_in_c_imports_neither_torch_nor_numpy(prepared: Path) -> None:
 
 def test_products_are_compared_without_torch(prepared: Path) -> None:
     assert "torch" not in imported(["compare", "adapter", "sealed"], prepared)
-
-
-CLASSES = """
-import sys
-from dataclasses import is_dataclass
-from loratools.__main__ import main
-sys.argv = ["loratools", *sys.argv[1:]]
-code = main()
-import json
-kinds = [kind for name, module in sys.modules.items() if name.startswith("loratools") for kind in vars(module).values()]
-slow = {kind.__name__ for kind in kinds if isinstance(kind, type) and is_dataclass(kind) and kind.__module__.startswith(
-    "loratools") and kind.__dataclass_params__.init}
-print(json.dumps([code, sorted(slow)]), file=sys.stderr)
-"""
-
-
-@pytest.mark.parametrize(
-    "arguments", ["inspect adapter", "validate sealed", "merge base adapter -o out --dry-run", "combine adapter -o sum"]
-)
-def test_dataclasses_are_those_that_cost_little_to_define(arguments: str, prepared: Path, tmp_path: Path) -> None:
-    places = [str(prepared / word) if (prepared / word).exists() else word for word in arguments.split()]
-    assert imported(places, tmp_path, CLASSES) == set()
 
 
 def test_a_rank_is_extracted_without_torch(tmp_path: Path) -> None:

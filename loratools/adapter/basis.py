@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
 from loratools.adapter.model import BaseIdentity
-from loratools.records import dataclass
 from loratools.storage import digest
 
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.adapter.model import Adapter
-from loratools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True, eq=False)

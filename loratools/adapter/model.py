@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.errors import printable
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 _SHOWN = 20  # names and rows that a notebook shows

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd
-
-from loratools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

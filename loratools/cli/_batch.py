@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 
 from loratools.errors import BadFile, OutputRefused, counted
-from loratools.records import dataclass
 
 OUTPUT = "output"
 """The option that says where a result goes, of the commands that have one."""

@@ -11,7 +11,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +25,6 @@ from loratools.cli._show import line as show_line
 from loratools.cli._talk import Talk
 from loratools.decisions import warnings_to
 from loratools.errors import LoraToolsError, UnknownName
-from loratools.records import dataclass
 from loratools.storage import sources
 
 _HINTS = 3

@@ -12,13 +12,12 @@ from functools import cache
 from typing import Any
 
 from loratools.errors import printable
-from loratools.records import dataclass
 
 SCHEMA = 1
 """Version of the JSON documents: it changes when a key is removed or changes its meaning."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Report:
     """What a command found: `document` for --json, `text` for people: lines, which may be made as they are printed.
 

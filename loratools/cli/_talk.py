@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import field
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import TYPE_CHECKING
 
 import click
 
 from loratools.cli._show import SCHEMA, alike, counted, encode, encode_text, line
-from loratools.records import dataclass
 
 if TYPE_CHECKING:
     from loratools.parallel import Progress

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.adapter import factors
@@ -35,7 +36,6 @@ from loratools.dialects.kohya import files as kohya
 from loratools.dialects.kohya.beside import SET_PART, SHAPE_PART, shapes_of
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.format import keys
-from loratools.records import dataclass
 from loratools.storage import save
 from loratools.storage.lazy import LazyTensor
 

@@ -7,6 +7,7 @@ arrays. `load_terms` gives what any kind makes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site
 from loratools.engine.plan import Change, MergePlan
 from loratools.errors import IncompatibleAdapter
-from loratools.records import dataclass
 from loratools.storage import dtypes, files
 from loratools.storage.lazy import LazyTensor
 

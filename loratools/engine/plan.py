@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 from loratools.adapter.input import AdapterInput
 from loratools.adapter.model import Adapter
 from loratools.adapter.placement.resolve import Placement
 from loratools.engine.task import TILE
-from loratools.records import dataclass
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.codecs import Encoding, Grid
 from loratools.storage.header import TensorSpec

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, local
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,6 @@ from loratools.engine.turns import Queue, Turns
 from loratools.linalg.native import available, why_not
 from loratools.linalg.native.factors import Memory
 from loratools.parallel import Progress, workers
-from loratools.records import dataclass
 from loratools.storage import files
 from loratools.storage.atomic import system
 from loratools.storage.layout import FilePlan, Slot

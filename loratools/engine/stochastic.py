@@ -6,9 +6,8 @@ whatever its size (Gupta et al. 2015, arXiv 1502.02551). The error of one elemen
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from loratools.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,11 +5,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loratools.errors import IncompatibleAdapter
-from loratools.records import dataclass
 from loratools.storage import dtypes
 from loratools.storage.files import Read
 from loratools.storage.header import TensorSpec

@@ -7,11 +7,11 @@ the rules of `shapes.py`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, BIAS, MAGNITUDE, A, B
 from loratools.format import shapes
 from loratools.format.shapes import Rule
-from loratools.records import dataclass
 
 ROWS, FLAG = "token_adapter.trainable_tokens_delta", "on_input"
 """Parts with rules of their own: rows trained whole, and the one part that may be no floating-point number."""

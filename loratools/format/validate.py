@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from loratools.format import manifest
 from loratools.format.clauses import ADAPTER_FILE, CONFIG_FILE, Check, Subject, integrity, layout, shown, tensors
 from loratools.format.clauses import manifest as fields
 from loratools.format.clauses.container import clause_of
-from loratools.records import dataclass
 from loratools.storage.header import Header, check_name, read_header
 from loratools.storage.strict_json import parse_json_object, read_json
 

@@ -18,10 +18,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from loratools.errors import HubError
-from loratools.records import dataclass
 from loratools.storage.beside.cards import cut
 from loratools.storage.beside.front import data_of, parted, with_field
 from loratools.storage.beside.paths import without_homes, without_paths

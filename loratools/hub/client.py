@@ -8,13 +8,13 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
 from loratools.errors import BadFile, HubError
 from loratools.hub import faults
-from loratools.records import dataclass
 from loratools.version import __version__
 
 T = TypeVar("T")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -11,7 +12,6 @@ from loratools.adapter.naming.compact import natural
 from loratools.decisions import warned
 from loratools.errors import BadFile
 from loratools.hub.refs import is_plain
-from loratools.records import dataclass
 from loratools.storage.beside import along, templates
 from loratools.storage.beside.choice import STATED, Choice, choose
 from loratools.storage.companions import RECORD

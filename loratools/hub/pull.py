@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread
@@ -21,7 +22,6 @@ from loratools.hub.headers import choose, headers_of, schema_of
 from loratools.hub.refs import Ref, is_plain, parse, repository
 from loratools.options import CheckBase, Options
 from loratools.parallel import Progress
-from loratools.records import dataclass
 from loratools.storage import atomic, digest
 from loratools.storage.atomic import names as writable
 from loratools.storage.checkpoint import Checkpoint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from loratools.hub.subject import Subject, read
 from loratools.hub.upload import Committed, Target, Uploader, look
 from loratools.options import Options
 from loratools.parallel import Progress, no_progress
-from loratools.records import dataclass
 from loratools.storage.beside.cards import MAX_CARD, read_bytes
 from loratools.storage.beside.paths import paths_in
 from loratools.storage.sources import Location, as_path

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from urllib.parse import unquote
 
 from loratools.errors import BadFile, InvalidOption
-from loratools.records import dataclass
 
 SCHEME = "hf://"
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from loratools.format import manifest, validate
 from loratools.format.peft_config import derive_config
 from loratools.hub import files
 from loratools.hub.refs import is_plain
-from loratools.records import dataclass
 from loratools.storage.beside.links import refuse_outside
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.pickles import SUFFIXES as PICKLED

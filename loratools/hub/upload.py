@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 from loratools.errors import HubError
 from loratools.hub import faults
 from loratools.hub.client import Hub, RemoteFile, quiet
-from loratools.records import dataclass
 
 _IN_MEMORY = 10_000_000  # bytes; the Hub stores anything larger as a large file, whatever its name
 

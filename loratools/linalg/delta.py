@@ -8,6 +8,7 @@ DᵀD, a tenth of the time: values under √(ε·side)·σ₁, a millionth, are 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from loratools.linalg.factored import FactoredSVD, factored_svd, singular_values
 from loratools.linalg.svd.truncated import truncated_svd
-from loratools.records import dataclass
 
 _EXACT_SIDE = 512
 _TOLERANCE = 1e-8  # of the error² that a rank leaves: its directions are then right to 1e-4 where a gap is 1 %

@@ -7,10 +7,10 @@ is float64, so that small differences of large terms stay exact, and costs O((ou
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
-
-from loratools.records import dataclass
 
 _EPS = torch.finfo(torch.float64).eps
 

@@ -6,12 +6,13 @@ processor multiplies bfloat16, a matrix that is rounded to it takes half of that
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from loratools.linalg.native import delta
-from loratools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True, eq=False)

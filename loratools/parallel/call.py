@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Self
 
 from loratools.errors import BadFile, InvalidOption
 from loratools.parallel.plain import NotPlain, to_plain
-from loratools.records import dataclass
 from loratools.version import __version__
 
 

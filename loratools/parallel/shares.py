@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from heapq import heapify, heapreplace
 from typing import Self
 
 from loratools.errors import InvalidOption
-from loratools.records import dataclass
 
 MOST = 65535
 """Parts of one result, at most; far beyond what a scheduler gives one user."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.decisions import decided, warned
@@ -11,7 +12,6 @@ from loratools.errors import BadFile, InvalidOption, LoraToolsError, counted
 from loratools.recipe import identity
 from loratools.recipe.catalog import Role, nearest
 from loratools.recipe.value import Recipe, Source
-from loratools.records import dataclass
 from loratools.storage.sources import absent, is_reference, local
 
 MAX_FOLDERS = 20_000

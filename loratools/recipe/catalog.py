@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, Protocol
-
-from loratools.records import dataclass
 
 Role = Literal["adapter", "model"]
 """What an input of a command is."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from loratools.errors import LoraToolsError
 from loratools.format import record
 from loratools.recipe import account, identity, mergekit, text
 from loratools.recipe.catalog import Catalog
-from loratools.records import dataclass
 from loratools.storage import digest
 from loratools.storage.beside.making import FIELD
 from loratools.storage.checkpoint import Checkpoint

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratools.recipe.text import Node, Scalar, Table
-from loratools.records import dataclass
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,6 @@ from loratools.recipe.bind import Bound, bind
 from loratools.recipe.catalog import Catalog
 from loratools.recipe.read import read
 from loratools.recipe.value import Recipe, Step
-from loratools.records import dataclass
 from loratools.storage.atomic.inputs import afresh
 from loratools.storage.sources import is_reference, known_as, local
 

@@ -7,12 +7,11 @@ What is refused: more than `MAX_BYTES`, more than `MAX_NODES` values once aliase
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loratools.errors import BadFile, MissingExtra, counted
-from loratools.records import dataclass
 from loratools.storage.sources import open_file
 
 MAX_BYTES, MAX_NODES, MAX_DEPTH = 256_000, 20_000, 12

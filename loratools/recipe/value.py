@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratools.recipe.catalog import Command
-from loratools.records import dataclass
 
 Value = tuple[str, ...] | bool
 """What a key of a step says: texts as they are written, which the option itself types, or a bool for a flag."""

@@ -14,6 +14,7 @@ markup     text that is escaped, and elements
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -23,7 +24,6 @@ from loratools.dialects import InMemory
 from loratools.errors import InvalidOption, OutputRefused
 from loratools.options import Options
 from loratools.parallel import Progress, no_progress
-from loratools.records import dataclass
 from loratools.reports import pages
 from loratools.reports.subjects import Source, opened
 from loratools.storage import atomic

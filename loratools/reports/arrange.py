@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from loratools.adapter.naming.compact import natural
-from loratools.records import dataclass
 
 MOST_ROWS, MOST_COLUMNS, MOST_CELLS = 48, 12, 348
 """A grid of more has several layers in a row, and the columns of fewest modules as one; all grids share the cells."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from loratools.records import dataclass
 from loratools.reports.markup import Markup, element, joined
 from loratools.reports.style import sheet
 from loratools.version import __version__

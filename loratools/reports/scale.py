@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-
-from loratools.records import dataclass
+from dataclasses import dataclass
 
 LEVELS = 9
 """Colours of a scale. Their lightness alone tells them apart, so that they read without colour too."""

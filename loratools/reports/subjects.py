@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratools import dialects
@@ -11,7 +12,6 @@ from loratools.adapter.model import Adapter
 from loratools.dialects import InMemory
 from loratools.dialects._frame.items import items_in
 from loratools.parallel import Progress, no_progress
-from loratools.records import dataclass
 from loratools.reports.numbers import names_of
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location, is_reference

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loratools.decisions import decided, warned
 from loratools.errors import IncompatibleAdapter
-from loratools.records import dataclass
 from loratools.storage.atomic.inputs import see
 from loratools.storage.beside import along, templates
 from loratools.storage.beside.links import refuse_outside, walk

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 
-from loratools.records import dataclass
 from loratools.storage.header import TensorSpec, encode_header, nbytes
 
 DEFAULT_SHARD = 5_000_000_000

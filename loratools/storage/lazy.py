@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratools.errors import LoraToolsError
-from loratools.records import dataclass
 from loratools.storage import dtypes, files
 from loratools.storage.header import TensorSpec
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
@@ -29,7 +30,6 @@ from loratools.adapter.placement.weight import over_weights
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.decisions import warned
 from loratools.errors import IncompatibleAdapter, counted
-from loratools.records import dataclass, replace
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.base import differences

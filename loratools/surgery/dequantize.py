@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from loratools.decisions import detailed
 from loratools.errors import BadFile, LoraToolsError, counted
 from loratools.options import Options
 from loratools.parallel import Progress, cores
-from loratools.records import dataclass
 from loratools.storage import atomic, digest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings, logical

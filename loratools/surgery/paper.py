@@ -8,6 +8,7 @@ beside that with W's own leading ones and with random ones. arXiv 2106.09685.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from hashlib import sha256
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 from loratools.linalg.delta import Dense
 from loratools.linalg.factored import FactoredSVD
 from loratools.linalg.similarity import projected, random_directions, subspace_similarity
-from loratools.records import dataclass
 from loratools.surgery.change import ModuleChange
 
 Grid = tuple[tuple[float, ...], ...]

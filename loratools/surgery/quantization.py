@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter.naming.compact import compact
 from loratools.decisions import warned
 from loratools.errors import LoraToolsError
-from loratools.records import dataclass
 from loratools.storage import dtypes
 from loratools.storage.beside.cards import read_card
 from loratools.storage.checkpoint import Checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -14,7 +14,6 @@ from loratools.adapter.naming.compact import natural
 from loratools.errors import IncompatibleAdapter, InvalidOption
 from loratools.options import Options
 from loratools.parallel import cores, each, one_blas_thread
-from loratools.records import dataclass
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location, session
 from loratools.surgery.change import ModuleChange, measurable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from loratools.errors import IncompatibleAdapter, InvalidOption, WrongBase
 from loratools.format.record import BROUGHT, is_in_file, refuse_second_merge
 from loratools.options import CheckBase, Options, Tied
 from loratools.parallel import Progress, each, no_progress
-from loratools.records import dataclass, replace
 from loratools.storage import atomic, digest, files
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.companions import RESIDUAL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratools.adapter.model import BaseIdentity
@@ -9,7 +10,6 @@ from loratools.format import reader
 from loratools.format import validate as rules
 from loratools.options import Options
 from loratools.parallel import Progress
-from loratools.records import dataclass
 from loratools.storage.sources import Location, local, session
 
 if TYPE_CHECKING:

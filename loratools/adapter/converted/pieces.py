@@ -7,12 +7,11 @@ An operation is a function on blocks, tensors made of pieces of others, and touc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
 from loratools.adapter.naming.conversions import Made
-from loratools.records import dataclass
 
 Shape = tuple[int, ...]
 

@@ -8,6 +8,7 @@ its proof.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from typing import TYPE_CHECKING
@@ -16,7 +17,6 @@ from loratools.adapter import factors
 from loratools.adapter.fusing import products
 from loratools.adapter.kinds import ByRows, Rows, Update
 from loratools.adapter.kinds._rowwise import Rowwise
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from loratools.adapter.kinds import Factors
 from loratools.adapter.kinds._product import LowRank
 from loratools.adapter.parts import BIAS
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Self
 
 from loratools.adapter.kinds import Factors, Tensor, Underlying
 from loratools.adapter.kinds._product import LowRank
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 

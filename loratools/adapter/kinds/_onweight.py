@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
@@ -11,7 +12,6 @@ from loratools.adapter.kinds._named import NamedTensors
 from loratools.adapter.kinds._shared import OnWeight
 from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter
-from loratools.records import dataclass
 
 Change = Callable[[Tensor, slice], Tensor]
 """(rows of W as its module defines it, (n, in·…); which rows these are) -> the same rows of W'."""

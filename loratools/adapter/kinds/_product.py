@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -13,7 +13,6 @@ from loratools.adapter import parts as part_names
 from loratools.adapter.kinds import Device, DType, Factors, Tensor, Underlying, Update
 from loratools.adapter.kinds._shared import Additive
 from loratools.adapter.parts import BIAS
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:

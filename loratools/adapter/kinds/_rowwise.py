@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Self
 
@@ -13,7 +13,6 @@ from loratools.adapter.basis import Basis, along, made
 from loratools.adapter.kinds import Device, DType, Rows, Tensor, Term, Underlying, Update
 from loratools.adapter.kinds._shared import Additive
 from loratools.adapter.site import Site
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from loratools.adapter.kinds import Tensor
 from loratools.errors import BadFile
-from loratools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True, eq=False)

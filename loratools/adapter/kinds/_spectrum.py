@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
 from typing import Any, ClassVar, Self
 
 from loratools.adapter.kinds import Tensor
 from loratools.adapter.kinds._rowwise import Named
-from loratools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from loratools.adapter.kinds import Tensor, Term
-from loratools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from loratools.adapter import kinds
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._shared import OnWeight
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 

@@ -7,11 +7,11 @@ whatever rank is left.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter.kinds import Tensor
 from loratools.adapter.kinds._named import NamedProduct
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 _A, _B, _E = "lora_A", "lora_B", "lora_E"

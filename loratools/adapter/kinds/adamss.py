@@ -11,13 +11,13 @@ PEFT takes a layer's bias for one more column of W. The bias is not known here, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Tensor, Underlying
 from loratools.adapter.kinds._onweight import Change, Changing
 from loratools.adapter.kinds._vectors import sketched
 from loratools.errors import IncompatibleAdapter
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 V = "adamss_newB"

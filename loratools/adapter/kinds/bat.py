@@ -7,11 +7,11 @@ no alpha. It acts on the weight that it finds: the order counts.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from loratools.adapter.kinds import Device, DType, Tensor, Underlying
 from loratools.adapter.kinds._onweight import Change, Changing
 from loratools.adapter.kinds.miss import NAMES
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 

@@ -8,11 +8,11 @@ outputs. A kernel is flattened. With a weight w it is W + w·(W' − W).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Tensor, Underlying
 from loratools.adapter.kinds._onweight import Change, Changing
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 BLOCKS, SCALES = "boft_R", "boft_s"

@@ -10,13 +10,12 @@ becomes I + w·(R − I), and w has no effect on `rescale`. PEFT's BOFT, which i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Tensor, Underlying
 from loratools.adapter.kinds._onweight import Change, Changing, Mapped
 from loratools.adapter.site import Site
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 BLOCKS, RESCALE = "oft_blocks", "rescale"

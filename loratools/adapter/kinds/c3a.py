@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from loratools.adapter.kinds import Device, DType, Rows, Tensor
 from loratools.adapter.kinds._rowwise import Named
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 KERNEL = "c3a_kernel"

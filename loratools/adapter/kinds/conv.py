@@ -8,8 +8,9 @@ With `lora_bias`, b' = b + s·c. Grouped convolutions are refused, as PEFT refus
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from loratools.adapter.kinds._product import TwoFactors
-from loratools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,10 +7,10 @@ Aₖ is row k of `delora_A` (r, in), Bₖ column k of `delora_B` (out, r), their
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from loratools.adapter.kinds import Factors, Tensor
 from loratools.adapter.kinds._product import LowRank
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 _PARTS = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")

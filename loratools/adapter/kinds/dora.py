@@ -14,7 +14,7 @@ What g is stands in `gains`, of norms by `squares`, for all who work with torch;
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Self, cast
 
 from loratools.adapter.basis import Basis, rescaled
@@ -25,7 +25,6 @@ from loratools.adapter.kinds._wrapper import Wrapper
 from loratools.adapter.parts import MAGNITUDE
 from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 _CHUNK = 1 << 16  # elements widened to float64 at a time: they stay in the core's cache

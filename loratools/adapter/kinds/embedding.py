@@ -5,9 +5,10 @@ A is (r, V) and B is (d, r): row v of the embedding changes by s·B·A[:, v].
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from loratools.adapter.kinds._product import TwoFactors
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING
-from loratools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True, eq=False)

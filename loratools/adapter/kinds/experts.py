@@ -10,7 +10,7 @@ Where `transposed` is None it is settled by the base's shape, or by what a `Rule
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, NoReturn, Self
 
@@ -18,7 +18,6 @@ from loratools.adapter.kinds import Factors, Tensor, Update
 from loratools.adapter.kinds._product import LowRank
 from loratools.adapter.kinds._shared import Additive
 from loratools.adapter.parts import A, B
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 Rule = Literal["model", "inverse", "in_out", "out_in", "unknown"]

@@ -11,11 +11,11 @@ Rows come from one transform along each: Σ over the coefficients of a column fi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Rows, Tensor
 from loratools.adapter.kinds._spectrum import Spectrum
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 SPECTRUM = "fourierft_spectrum"

@@ -9,11 +9,11 @@ unchanged base, whatever other adapters have made of it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from loratools.adapter.kinds import Device, DType, Tensor, Underlying
 from loratools.adapter.kinds._onweight import Change, Changing
 from loratools.adapter.kinds._rounded import as_in
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 V, INDICES, LENGTHS, VALUES = "frod_V", "frod_s_indices", "frod_lambda_l", "frod_lambda_s_values"

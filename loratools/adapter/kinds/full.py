@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 from loratools.adapter.basis import Basis, along
 from loratools.adapter.kinds import Device, DType, Rows, Tensor
 from loratools.adapter.kinds._rowwise import Rowwise
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 WEIGHT_PART, BIAS_PART = "diff", "diff_b"

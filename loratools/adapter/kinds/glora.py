@@ -7,7 +7,7 @@ that the update finds, so among several updates the order counts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 from loratools.adapter.basis import Basis, along
@@ -15,7 +15,6 @@ from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
 from loratools.adapter.kinds._shared import OnWeight
 from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 _PARTS = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")

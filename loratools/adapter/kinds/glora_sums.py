@@ -8,12 +8,11 @@ LyCORIS' GLoRA, kind `glora`, multiplies W by a matrix instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from loratools.adapter.kinds import Device, DType, Tensor, Underlying, Update
 from loratools.adapter.kinds._onweight import Change, Changing
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 PATHS = "ABCDE"

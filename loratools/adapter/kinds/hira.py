@@ -7,11 +7,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Tensor, Underlying
 from loratools.adapter.kinds._onweight import Change, Changing
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 _LINEAR, _EMBEDDING = ("hira_A", "hira_B"), ("hira_embedding_A", "hira_embedding_B")

@@ -8,13 +8,13 @@ There is no alpha. It acts on the weight that it finds: the order counts.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Tensor, Underlying
 from loratools.adapter.kinds._onweight import Change, Changing
 from loratools.errors import IncompatibleAdapter
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 PART = "hra_u"

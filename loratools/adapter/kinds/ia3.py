@@ -8,14 +8,13 @@ is no alpha.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from loratools.adapter.basis import Basis
 from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying, Update
 from loratools.adapter.kinds._shared import OnWeight
 from loratools.adapter.site import Site
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 WEIGHT_PART, INPUT_PART, FACTORS_PART = "weight", "on_input", "ia3_l"

@@ -7,13 +7,12 @@ kohya's, but for A and B, which are PEFT's here as everywhere.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 
 from loratools.adapter.kinds import Factors, Tensor
 from loratools.adapter.kinds._product import LowRank
 from loratools.adapter.parts import A, B
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 MID_PART = "lora_mid.weight"

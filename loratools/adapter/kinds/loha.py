@@ -8,12 +8,11 @@ multiplies by the scale twice.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from loratools.adapter.basis import Basis, along
 from loratools.adapter.kinds import Device, DType, Rows, Tensor, Update
 from loratools.adapter.kinds._rowwise import Named
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 _W = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")

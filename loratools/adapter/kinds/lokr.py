@@ -9,11 +9,11 @@ for the left factor: the layout `swapped` is ΔW = w2 ⊗ w1 at each position.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Rows, Tensor
 from loratools.adapter.kinds._rowwise import Named
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 _NAMES = frozenset({"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"})

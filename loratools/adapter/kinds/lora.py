@@ -8,11 +8,11 @@ PEFT's layer for `nn.MultiheadAttention` is of this kind too: there W is `in_pro
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._product import TwoFactors
-from loratools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,12 +7,11 @@ again and again, cut off at the end. Files of older PEFT call it `bone_block`. T
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 from loratools.adapter.kinds import Factors, Tensor
 from loratools.adapter.kinds._product import LowRank
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 NAMES = ("miss_block", "bone_block")

@@ -8,7 +8,7 @@ With a weight w it is W + w·(W' − W) before the rescaling. It acts on the wei
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from loratools.adapter.basis import Basis
@@ -16,7 +16,6 @@ from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
 from loratools.adapter.kinds._shared import OnWeight
 from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 BLOCKS_PART, RESCALE_PART = "oft_blocks", "rescale"

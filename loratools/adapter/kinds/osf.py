@@ -8,10 +8,10 @@ the unchanged base, whatever other adapters have made of it. There is no alpha.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from loratools.adapter.kinds import Device, DType, Tensor, Underlying
 from loratools.adapter.kinds._onweight import Change, Changing
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 _PARTS = ("osf_svd_params.U_low", "osf_svd_params.S_low", "osf_svd_params.V_low")

@@ -9,11 +9,11 @@ be merged.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Tensor, Underlying
 from loratools.adapter.kinds._onweight import Change, Changing
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 A, B = "peanut_A.weight", "peanut_B.weight"

@@ -13,12 +13,12 @@ for the whole weight, or with `layout["svd"]` "lowrank" torch's randomised metho
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Tensor, Underlying
 from loratools.adapter.kinds._onweight import Change, Changing
 from loratools.adapter.kinds._vectors import largest, sketched
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 PART, ROWS, COLUMNS = "psoft_R.weight", "psoft_R.vector_b", "psoft_R.vector_a"

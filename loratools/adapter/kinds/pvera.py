@@ -6,10 +6,10 @@ the others; `pvera_B` is (most outputs, r). Else it is kind `vera`, with a seed 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from loratools.adapter.kinds.vera import VeraUpdate
-from loratools.records import dataclass
 
 
 @dataclass(frozen=True, slots=True, eq=False)

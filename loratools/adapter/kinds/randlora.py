@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Self
 
 from loratools.adapter.kinds import Tensor
 from loratools.adapter.kinds._named import NamedProduct
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 _LAMBDA, _GAMMA, _A, _B = "randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B"

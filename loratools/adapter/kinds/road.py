@@ -12,12 +12,11 @@ acts on the weight that it finds: the order counts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Tensor, Underlying, Update
 from loratools.adapter.kinds._onweight import Change, Changing
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 THETA, ALPHA = "road_theta", "road_alpha"

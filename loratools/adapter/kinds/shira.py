@@ -7,11 +7,11 @@ floating point. There is no rank and no alpha.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from loratools.adapter.kinds import Device, DType, Rows, Tensor
 from loratools.adapter.kinds._rowwise import Named
 from loratools.adapter.kinds._sparse import Sparse
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 VALUES, INDICES = "shira_weight", "shira_indices"

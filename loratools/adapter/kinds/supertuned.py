@@ -9,13 +9,13 @@ W is the unchanged base, whatever other adapters have made of it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Tensor, Underlying
 from loratools.adapter.kinds._onweight import Change, Changing
 from loratools.adapter.kinds.supertuning import VALUES, A, B
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 

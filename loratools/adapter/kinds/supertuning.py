@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Rows, Tensor, Update
 from loratools.adapter.kinds._rowwise import Named
 from loratools.adapter.kinds._sparse import Sparse
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 VALUES, INDICES = "supertuning_values", "supertuning_indices"

@@ -8,13 +8,12 @@ embedding A is (r, d) and B (V, r). Where P is not stored, it is drawn from `lay
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 from loratools.adapter.kinds import Factors, Tensor
 from loratools.adapter.kinds._product import LowRank
 from loratools.adapter.kinds._rounded import as_in
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 A, B, P, V = "tinylora_A", "tinylora_B", "tinylora_P", "tinylora_v"

@@ -8,13 +8,12 @@ the same rows, so that a tied model stays tied.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
 from loratools.adapter.kinds._shared import OnWeight
 from loratools.adapter.site import Site
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 ROWS_PART = "token_adapter.trainable_tokens_delta"

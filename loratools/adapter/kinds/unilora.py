@@ -11,14 +11,13 @@ its `rank`, the `shape` of its weight and the `dtype` of the base, to which PEFT
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from loratools.adapter.kinds import Factors, Tensor
 from loratools.adapter.kinds._product import LowRank
 from loratools.errors import BadFile
-from loratools.records import dataclass
 from loratools.storage import dtypes
 from loratools.storage.lazy import LazyTensor
 

@@ -8,11 +8,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter.kinds import Tensor
 from loratools.adapter.kinds._named import NamedProduct
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 BANK = "vblora_vector_bank"

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar, Self
 
 from loratools.adapter.kinds import Tensor
 from loratools.adapter.kinds._named import NamedProduct
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 

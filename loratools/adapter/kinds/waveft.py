@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from typing import Any
 from loratools.adapter.kinds import Device, DType, Rows, Tensor
 from loratools.adapter.kinds._sparse import Sparse
 from loratools.adapter.kinds._spectrum import Spectrum
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 SPECTRUM = "waveft_spectrum"

@@ -8,7 +8,7 @@ and the factors act on what is there: the order counts.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 
 from loratools.adapter.kinds import Device, DType, Tensor, Term, Underlying
@@ -16,7 +16,6 @@ from loratools.adapter.kinds._wrapper import Wrapper
 from loratools.adapter.kinds.dora import gains, squares
 from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter
-from loratools.records import dataclass
 
 SCALE_PART = "dora_scale"
 

@@ -11,12 +11,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-from loratools.records import dataclass
 
 Operation = tuple[str, Mapping[str, Any]]
 """The name of an operation on tensors, and its settings."""

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.naming.llama_cpp_table import GROUPS, PAIRS, TABLE, Architecture
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:

@@ -8,9 +8,7 @@ in `refused`: no update lands there. An architecture that is not in the table is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
-
-from loratools.records import dataclass
+from dataclasses import dataclass, field
 
 PAIRS, GROUPS = "pairs", "groups"
 """Orders of rows: halves of a head in pairs; q, k and v of groups of heads (q…, k, v) one after the other."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from loratools.adapter.naming.conversions import Conversion, Made, Rule, templated
-from loratools.records import dataclass
 
 # Leading segments that only wrap a model, whichever it is; the name that its class gives an inner model comes to them.
 _WRAPPERS = frozenset({"base_model", "model", "module", "_orig_mod", "_fsdp_wrapped_module"})

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from loratools.adapter.naming.compact import suffixes
 from loratools.adapter.naming.wrappers import Names
 from loratools.errors import LoraToolsError, counted
-from loratools.records import dataclass
 
 KINDS = ("linear", "conv", "embedding", "experts")
 """Kinds of modules whose change can be factored."""

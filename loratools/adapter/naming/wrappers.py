@@ -10,13 +10,13 @@ from __future__ import annotations
 import re
 from bisect import bisect
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
 from loratools.adapter.naming.conversions import conversion
 from loratools.adapter.naming.loaded import Loaded
-from loratools.records import dataclass
 
 # Leading segments that only wrap a model: `language_model.model.layers.0…`, `model.language_model.layers.0…` and
 # `layers.0…` are one module. Names of towers (`vision_tower`, `encoder`, …) are no wrappers: they tell modules apart.

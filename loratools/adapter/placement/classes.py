@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from loratools.adapter.naming.wrappers import normalized
-from loratools.records import dataclass
 
 MAJORS = ("4", "5")
 """Major versions of transformers that the table tells of."""

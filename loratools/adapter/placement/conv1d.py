@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from loratools.adapter.naming.wrappers import LINEAR
-from loratools.records import dataclass
 from loratools.storage.codecs.turned import CONV1D
 
 Shapes = Mapping[str, tuple[int, ...]]

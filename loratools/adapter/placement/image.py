@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from loratools.adapter.fusing import rows
 from loratools.adapter.kinds import Update
@@ -27,7 +27,6 @@ from loratools.adapter.naming.image.readings import Lead, Reading
 from loratools.adapter.naming.image.translate import together, translated
 from loratools.adapter.naming.wrappers import Names
 from loratools.errors import IncompatibleAdapter, counted
-from loratools.records import dataclass
 from loratools.storage.checkpoint import Checkpoint
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, combinations
 from math import prod
 from typing import Any
@@ -22,7 +22,6 @@ from loratools.adapter.placement.conv1d import Conv1D
 from loratools.adapter.site import Site
 from loratools.decisions import decided, detailed
 from loratools.errors import IncompatibleAdapter, counted
-from loratools.records import dataclass
 from loratools.storage.codecs.turned import CONV1D
 
 Shapes = Mapping[str, tuple[int, ...]]

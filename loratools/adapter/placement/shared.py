@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import normalized
 from loratools.adapter.placement.classes import Group, ModelClass, model_class, said
-from loratools.records import dataclass
 
 HEADS = ("lm_head", "embed_out", "output_projection")
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")

@@ -7,10 +7,10 @@ says where a slice's outputs lie, this says which slices there are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter.naming.wrappers import FUSIONS, Fusion
-from loratools.records import dataclass
 from loratools.storage.codecs.turned import CONV1D
 
 _CROSS = ("crossattention", "cross_attention")  # GPT-2's has k and v alone in its c_attn

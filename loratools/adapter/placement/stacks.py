@@ -8,7 +8,7 @@ asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -18,7 +18,6 @@ from loratools.adapter.model import Adapter
 from loratools.adapter.naming.stacked import IS_TRANSPOSED, STORED_IN_OUT, in_order, known_type
 from loratools.adapter.naming.wrappers import Names
 from loratools.decisions import warned
-from loratools.records import dataclass
 
 Shapes = Mapping[str, tuple[int, ...]]
 

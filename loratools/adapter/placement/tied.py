@@ -12,7 +12,7 @@ What is written is read alike by transformers 4 and 5, or refused.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loratools.adapter.model import Adapter
@@ -21,7 +21,6 @@ from loratools.adapter.placement.apart import apart
 from loratools.adapter.placement.shared import EMBEDDINGS, HEADS, Name, Tie, Ties, last_segment, main_tensor, ties_for
 from loratools.adapter.placement.spread import acting, breaking, spread
 from loratools.errors import IncompatibleAdapter
-from loratools.records import dataclass
 from loratools.storage import files
 from loratools.storage.checkpoint import Checkpoint
 

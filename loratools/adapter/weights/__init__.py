@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.image.groups import groups
@@ -19,7 +19,6 @@ from loratools.adapter.weights.layouts import Layout, layouts
 from loratools.decisions import warned
 from loratools.errors import InvalidOption, LoraToolsError
 from loratools.options import is_finite
-from loratools.records import dataclass
 
 BLOCKS = "lbw:"
 """What begins a list of block weights."""

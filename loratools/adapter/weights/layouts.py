@@ -8,6 +8,7 @@ ones: then they are counted in the adapter.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
@@ -17,7 +18,6 @@ from loratools.adapter.naming.image.components import component, inside
 from loratools.adapter.naming.image.families import Family
 from loratools.adapter.naming.image.groups import ORIGINAL, Group, groups, module_of
 from loratools.adapter.naming.image.readings import ENCODER, Reading
-from loratools.records import dataclass
 
 Lists = tuple[tuple[str, int], ...]
 """Lists of blocks by their names, with their lengths."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from loratools.adapter.kinds import Update
 from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, A, B
 from loratools.dialects._frame.numbers import tell_alpha
 from loratools.errors import BadFile, UnsupportedAdapter, counted
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 Groups = dict[str, dict[str, LazyTensor]]

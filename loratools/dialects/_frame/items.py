@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.adapter.naming.compact import natural
 from loratools.errors import BadFile
 from loratools.options import near
-from loratools.records import dataclass
 from loratools.storage.beside.along import is_index, is_of_training
 from loratools.storage.pickles import SUFFIXES as PICKLES
 from loratools.storage.sources import is_reference

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
@@ -14,7 +14,6 @@ from loratools.adapter.model import Adapter
 from loratools.adapter.parts import factors_of
 from loratools.decisions import detailed, wants_detail, warned
 from loratools.errors import BadFile
-from loratools.records import dataclass
 from loratools.storage.beside.links import refuse_outside
 from loratools.storage.header import Header, read_header
 from loratools.storage.lazy import LazyTensor

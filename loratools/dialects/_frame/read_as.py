@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.dialects._frame.numbers import is_number
 from loratools.errors import InvalidOption
 from loratools.options import Options
-from loratools.records import dataclass
 from loratools.storage.sources import Location
 
 

@@ -11,6 +11,7 @@ X.reshape_weight         the shape (out, in) that ComfyUI widens a base's weight
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 
 from loratools.adapter.kinds.full import WEIGHT_PART
@@ -19,7 +20,6 @@ from loratools.adapter.parts import A, B
 from loratools.decisions import warned
 from loratools.dialects._frame.build import Draft, some
 from loratools.dialects._frame.numbers import read_whole_numbers
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 MODULATION_PART, MODULATION = "diff_m", "modulation"

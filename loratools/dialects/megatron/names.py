@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter import factors
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 _NAME = re.compile(

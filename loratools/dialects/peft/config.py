@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ from loratools.dialects.peft import fields as tables
 from loratools.dialects.peft.patterns import ConfigFile, NameList, PatternKeys
 from loratools.dialects.peft.targets import Targets, several
 from loratools.errors import UnsupportedAdapter
-from loratools.records import dataclass
 
 if TYPE_CHECKING:
     from loratools.adapter.kinds.experts import Rule

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from loratools.dialects._frame.build import some
 from loratools.errors import counted
 from loratools.format import keys
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 # Segments that FSDP, gradient checkpointing and torch.compile put into module paths.

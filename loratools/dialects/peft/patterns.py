@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 from loratools.adapter.naming.compact import suffixes
 from loratools.dialects.peft.isolated import Isolated
 from loratools.errors import UnsupportedAdapter
-from loratools.records import dataclass
 
 if TYPE_CHECKING:
     import regex

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from loratools.adapter import factors, kinds
@@ -21,7 +21,6 @@ from loratools.adapter.parts import A_EMBEDDING, B_EMBEDDING, A, B
 from loratools.dialects._frame.numbers import most_common
 from loratools.errors import LossyConversion, UnknownName, counted
 from loratools.options import near
-from loratools.records import dataclass
 
 _LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")
 Shapes = Mapping[str, tuple[int, ...]]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter.naming.compact import suffixes
 from loratools.dialects.peft.patterns import ConfigFile, Expression, NameList, SavedModules
-from loratools.records import dataclass
 
 ALL_LINEAR = "all-linear"
 

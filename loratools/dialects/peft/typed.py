@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,6 @@ from loratools.dialects.peft.types import Field, ModuleTensors, Values
 from loratools.dialects.peft.types._refused import REFUSED
 from loratools.errors import BadFile, UnsupportedAdapter
 from loratools.format import keys
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 if TYPE_CHECKING:

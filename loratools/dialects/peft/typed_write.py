@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loratools.adapter.model import Adapter
@@ -10,7 +11,6 @@ from loratools.dialects.peft import types
 from loratools.dialects.peft.typed import FIELDS, TYPE
 from loratools.dialects.peft.typed_names import name_of
 from loratools.format import keys, manifest
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 _CARRIED = (

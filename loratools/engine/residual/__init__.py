@@ -20,7 +20,7 @@ import base64
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ import numpy as np
 from loratools.adapter.placement.resolve import Placement
 from loratools.engine.residual.predict import Step
 from loratools.errors import BadFile
-from loratools.records import dataclass
 from loratools.storage import dtypes, files
 from loratools.storage.atomic import names
 from loratools.storage.codecs.floats import bytes_of, unsigned, widen

@@ -7,7 +7,7 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -29,7 +29,6 @@ from loratools.engine.residual import (
 from loratools.engine.residual import predict as undo
 from loratools.engine.residual.tiles import Coder
 from loratools.parallel import Progress, no_progress, workers
-from loratools.records import dataclass
 from loratools.storage import dtypes, files
 from loratools.storage.beside.along import residual_of
 from loratools.storage.codecs.floats import widen

@@ -9,6 +9,7 @@ be exact in float64; then no order matters.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from loratools.adapter.kinds.dora import gains, magnitudes, squares
 from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site
 from loratools.engine.load import is_stored, read_factor
-from loratools.records import dataclass
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from reprlib import Repr
@@ -23,7 +23,6 @@ from typing import Any
 from loratools.format import keys, registry
 from loratools.format.manifest import names_of
 from loratools.format.registry import KINDS, Kind
-from loratools.records import dataclass
 from loratools.storage.header import TensorSpec
 
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"

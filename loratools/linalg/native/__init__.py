@@ -22,11 +22,10 @@ several times slower: only the last float32 bit of a sum may differ then.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from loratools.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratools.linalg import native
-from loratools.records import dataclass
 
 _DTYPES = {"BF16": 0, "F16": 1, "F32": 2}
 _ALIGNED = 64  # bytes of the widest vectors, which are fastest where none lies in two lines of the cache

@@ -8,13 +8,12 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from loratools.records import dataclass
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

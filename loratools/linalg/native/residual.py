@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from threading import local
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from loratools.linalg.native import loaded
-from loratools.records import dataclass
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from loratools.linalg import native
 from loratools.linalg.native.factors import Memory, Sum
-from loratools.records import dataclass
 
 _DTYPES = {"BF16": (0, 2), "F16": (1, 2), "F32": (2, 4)}  # number in C, bytes
 _DONE, _READ_FAILED, _ENDED, _WRITE_FAILED, _NO_DIRECTION = range(5)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from loratools.linalg.ranks import budget
 from loratools.linalg.ranks.noise import AboveNoise
 from loratools.linalg.ranks.rules import Bounded, Fixed, RankRule, bounded, check_bounds
 from loratools.options import Options
-from loratools.records import dataclass
 
 Shapes = Sequence[tuple[int, int]]
 

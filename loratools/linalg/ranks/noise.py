@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratools.linalg.ranks.rules import Spectrum, at_least_one
-from loratools.records import dataclass
 
 if TYPE_CHECKING:
     import torch

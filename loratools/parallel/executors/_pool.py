@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, CancelledError, Executor
+from dataclasses import dataclass
 
 from loratools.errors import MissingExtra
-from loratools.records import dataclass
 
 
 def of_itself(error: BaseException) -> str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from loratools.records import dataclass
 from loratools.reports.charts.drawing import SMALL, WIDTH, box, fitted, frame, text, widest
 from loratools.reports.markup import Markup
 from loratools.reports.numbers import number, width

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from loratools.records import dataclass
 from loratools.reports.charts.drawing import LETTER, SMALL, WIDTH, box, fitted, frame, text, upright, widest
 from loratools.reports.markup import Markup, element, joined
 from loratools.reports.numbers import number, width

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from loratools.records import dataclass
 from loratools.reports.charts.drawing import WIDTH, frame, legend, text
 from loratools.reports.markup import Markup, coordinate, element
 from loratools.reports.numbers import number

@@ -12,10 +12,10 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 
-from loratools.records import dataclass
 from loratools.storage.atomic import system
 
 _OF_RUN = r"(\..+)\.[a-z]+-([0-9a-f]{8,16})"

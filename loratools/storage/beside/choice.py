@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from loratools.errors import BadFile
-from loratools.records import dataclass
 from loratools.storage.beside import along
 
 STATED = "transformers_weights"

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools.decisions import warned
 from loratools.errors import BadFile, counted
-from loratools.records import dataclass
 from loratools.storage import digest, files
 from loratools.storage.beside.along import RESIDUAL, is_index, may_come
 from loratools.storage.beside.choice import STATED, choose

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from loratools.errors import UnsupportedAdapter
-from loratools.records import dataclass
 from loratools.storage.atomic import names
 from loratools.storage.beside.along import is_index
 from loratools.storage.beside.links import refuse_outside

@@ -27,12 +27,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from importlib import import_module
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from loratools.errors import UnsupportedAdapter
-from loratools.records import dataclass, field
 from loratools.storage import dtypes, files
 from loratools.storage.header import TensorSpec
 

@@ -10,11 +10,11 @@ alone: of those it stays as it is, and new numbers that are too large for it are
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 
-from loratools.records import dataclass
 from loratools.storage.codecs import Encoding, Module, Parts
 from loratools.storage.codecs._grouped import Grouped
 from loratools.storage.codecs._groups import Fit, Packed

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from loratools.records import dataclass
 from loratools.storage.codecs import Encoder, Grid, Module, Parts
 from loratools.storage.codecs._bnb_int8 import reciprocal
 from loratools.storage.codecs._levels import Draw

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from loratools.records import dataclass
 from loratools.storage.codecs import Grid, Module, Parts
 from loratools.storage.codecs._levels import Draw
 from loratools.storage.codecs._scales import read_back, stored

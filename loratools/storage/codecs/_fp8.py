@@ -7,14 +7,13 @@ made: the first two are in `Fp8`, the third is one of the rules of `_scales`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
 import numpy as np
 
 from loratools.linalg.native import codes as native
-from loratools.records import dataclass
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs._scales import POWERS, Rule, beyond, by_quotient, largest, read_back, rounded, stored

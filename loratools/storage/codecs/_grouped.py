@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from loratools.records import dataclass
 from loratools.storage.codecs import Encoder, Grid, Parts
 from loratools.storage.codecs._groups import Fit, Groups, Stored
 from loratools.storage.codecs._levels import Draw, reach

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
 import numpy as np
 
 from loratools.linalg.native import codes as native
-from loratools.records import dataclass
 from loratools.storage.codecs import Encoding, Parts
 from loratools.storage.codecs._levels import INT4, Levels
 from loratools.storage.codecs._packed import unpack

@@ -7,12 +7,12 @@ The parts are `weight_packed` I32, offset by half the range, or `weight` I8 in t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
 
 import numpy as np
 
-from loratools.records import dataclass
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoding, Module, Parts
 from loratools.storage.codecs._grouped import Grouped

@@ -10,11 +10,11 @@ neighbours, each as often as it is near, so that the expectation of what the cod
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from loratools.records import dataclass
 from loratools.storage.codecs.floats import Array
 from loratools.storage.codecs.tables import E2M1
 

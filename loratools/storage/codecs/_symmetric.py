@@ -7,11 +7,11 @@ fours    4 bits, two rows in a byte, with a scale for each group of columns
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from loratools.errors import UnsupportedAdapter
-from loratools.records import dataclass
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoding, Module, Parts
 from loratools.storage.codecs._grouped import Grouped

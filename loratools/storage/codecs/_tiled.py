@@ -10,11 +10,11 @@ side by side. Tiles follow each other row by row, and what the weight does not f
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 
-from loratools.records import dataclass
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs.floats import Array
 from loratools.storage.codecs.tables import E2M1, table

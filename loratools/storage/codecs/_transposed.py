@@ -5,11 +5,11 @@ A row of the weight is a column of `qweight`, of `scales` (groups, out) and of `
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from loratools.records import dataclass
 from loratools.storage.codecs import Module, Parts
 from loratools.storage.codecs._grouped import Grouped
 from loratools.storage.codecs._groups import Fit

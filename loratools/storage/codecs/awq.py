@@ -8,11 +8,11 @@ as they are. AWQ moves a part of the weights into the norms before them: W is th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from loratools.records import dataclass
 from loratools.storage.codecs import Encoding, Module, Parts
 from loratools.storage.codecs._groups import Fit, Stored
 from loratools.storage.codecs._levels import INT4

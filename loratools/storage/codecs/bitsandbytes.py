@@ -10,7 +10,7 @@ too: absmax = nested_map[code] · nested_absmax[i // 256] + offset. Shape, block
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from math import gcd, isfinite, prod
 from typing import Any
 
@@ -19,7 +19,6 @@ import numpy as np
 from loratools.decisions import warned
 from loratools.errors import BadFile
 from loratools.linalg.native import codes as native
-from loratools.records import dataclass
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs._bnb_encoders import FourBitEncoder, TurnedEncoder
 from loratools.storage.codecs._bnb_int8 import Int8Encoder, int8_values

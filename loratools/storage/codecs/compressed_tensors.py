@@ -14,11 +14,11 @@ Scales are by tensor, row, block, or group along the row; `weight_g_idx` has the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from loratools.records import dataclass
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoding, Module, Parts
 from loratools.storage.codecs._blocks import blocks, by_product

@@ -8,14 +8,13 @@ one are the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from loratools.linalg.native import codes as native
-from loratools.records import dataclass
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs.floats import Array
 from loratools.storage.gguf import package

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from loratools.decisions import warned
 from loratools.linalg.native import codes as native
-from loratools.records import dataclass
 from loratools.storage.codecs import Encoding, Module, Parts
 from loratools.storage.codecs._groups import Fit, Packed
 from loratools.storage.codecs._levels import Whole

@@ -9,13 +9,13 @@ ten. All that describes them is tensors of their own: `shape`, `group_size`, `ax
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from loratools.decisions import warned
-from loratools.records import dataclass
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoding, Module, Parts
 from loratools.storage.codecs.floats import Array

@@ -9,11 +9,11 @@ config.json's `quantization` has the mode, bits and group of all modules, and of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from loratools.records import dataclass
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs._grouped import Grouped
 from loratools.storage.codecs._groups import Fit, Stored
@@ -100,7 +100,7 @@ class _Fp4(Floats):
             size = np.abs(np.nan_to_num(x, nan=0.0))
             codes = np.searchsorted((self.table[1:8] + self.table[:7]) / 2, size, side="left").astype(np.uint8)
         else:
-            codes = super(_Fp4, self).codes(np.abs(x), draw)  # noqa: UP008  (a slots dataclass)
+            codes = super(_Fp4, self).codes(np.abs(x), draw)
         signed: Array = codes | np.where((codes > 0) & (x < 0), np.uint8(8), np.uint8(0))
         return signed
 

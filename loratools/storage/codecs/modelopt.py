@@ -13,14 +13,13 @@ W·diag(pre_quant_scale), and that is what this codec shows.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from loratools.records import dataclass
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs._blocks import blocks

@@ -8,11 +8,11 @@ and so it is in the checkpoints of gpt-oss in 16 bit: that is what this codec sh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from loratools.records import dataclass
 from loratools.storage.codecs import Encoder, Encoding, Grid, Module, Parts
 from loratools.storage.codecs._levels import FP4, Draw, reach
 from loratools.storage.codecs._packed import pack, unpack

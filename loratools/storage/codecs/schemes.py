@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
-from loratools.records import dataclass
 from loratools.storage import dtypes
 from loratools.storage.codecs import unread
 from loratools.storage.codecs.state import comfy_layers, statement

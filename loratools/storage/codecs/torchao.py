@@ -9,14 +9,13 @@ refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, ClassVar
 
 import numpy as np
 
 from loratools.errors import BadFile
-from loratools.records import dataclass
 from loratools.storage import dtypes
 from loratools.storage.codecs import Encoding, Module, Parts
 from loratools.storage.codecs._fp8 import Blocks, Fp8, fitted

@@ -12,12 +12,11 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
 from loratools.errors import BadFile, UnsupportedAdapter
-from loratools.records import dataclass
 from loratools.storage.gguf.types import BY_NUMBER, TYPES
 from loratools.storage.header import MAX_NAME, MAX_TENSORS, TensorSpec
 from loratools.storage.sources import open_file

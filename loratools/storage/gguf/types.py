@@ -6,8 +6,7 @@ The table is that of the `gguf` package (`GGML_QUANT_SIZES`), which a test holds
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from loratools.records import dataclass
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)

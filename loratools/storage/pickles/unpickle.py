@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
-from loratools.records import dataclass
 from loratools.storage import dtypes
 from loratools.storage.header import MAX_SIDES
 

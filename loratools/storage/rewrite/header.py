@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from loratools.errors import BadFile
-from loratools.records import dataclass
 from loratools.storage import files
 from loratools.storage.atomic import system
 from loratools.storage.header import MAX_HEADER, Header, encode_header

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from urllib.parse import unquote, urlsplit
 
 from loratools.errors import BadFile, InvalidOption
-from loratools.records import dataclass
 
 _SECRET = re.compile(r"(?<=://)[^/\s@\"']*@|\?[^\s\"'<>)]*|#[^\s\"'<>)]*")
 

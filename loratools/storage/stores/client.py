@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any, TypeVar
 
 from loratools.decisions import detailed
 from loratools.errors import BadFile, MissingExtra, StoreError
-from loratools.records import dataclass
 from loratools.storage.stores import faults
 from loratools.storage.stores.address import Address
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,6 @@ from loratools.format.digest import adapter_digest
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.options import CheckBase
 from loratools.parallel import Progress, no_progress
-from loratools.records import dataclass, replace
 from loratools.storage import atomic
 from loratools.storage.dtypes import FloatName
 from loratools.storage.lazy import LazyTensor

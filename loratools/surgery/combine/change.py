@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,6 @@ from loratools.adapter.naming.compact import natural
 from loratools.errors import IncompatibleAdapter, counted
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.linalg.ranks.rules import Spectrum, bounded
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,6 @@ from loratools.linalg.ranks.rules import Fixed, RankRule
 from loratools.linalg.svd.truncated import truncated_svd
 from loratools.parallel import Progress, cores, each
 from loratools.parallel.shared import alone, shared
-from loratools.records import dataclass
 from loratools.storage import dtypes
 from loratools.storage.lazy import LazyTensor
 from loratools.storage.save import Spool

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
@@ -20,7 +21,6 @@ from loratools.adapter.naming.wrappers import normalized
 from loratools.adapter.weights import Weight, example
 from loratools.errors import IncompatibleAdapter, InvalidOption, LoraToolsError, UnsupportedAdapter, counted
 from loratools.format.digest import checked_digest
-from loratools.records import dataclass
 from loratools.storage.sources import is_reference
 from loratools.surgery.inputs import AdapterSource, names_of
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.options import CheckBase, Options
-from loratools.records import dataclass
 from loratools.storage import dtypes
 from loratools.surgery.combine import methods
 from loratools.surgery.combine.methods._terms import MethodOptions

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
@@ -21,7 +22,6 @@ from loratools.linalg import stacks
 from loratools.linalg.stacks import Array, Decomposition
 from loratools.parallel import Progress, cores, each, one_blas_thread
 from loratools.parallel.shared import shared
-from loratools.records import dataclass
 from loratools.storage.codecs import floats
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.combine import travel

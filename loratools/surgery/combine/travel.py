@@ -6,14 +6,13 @@ A value with tensors in it (`LazyTensor`) pickles, and goes to JSON, once they l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from loratools.linalg.stacks import Array, Decomposition
 from loratools.parallel import shared
-from loratools.records import dataclass
 from loratools.storage import files
 from loratools.storage.codecs import floats
 from loratools.storage.lazy import LazyTensor

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from loratools.records import dataclass
 
 if TYPE_CHECKING:
     from loratools.surgery.paper import Beside

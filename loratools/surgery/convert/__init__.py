@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratools import dialects
@@ -31,7 +31,6 @@ from loratools.format.digest import adapter_digest, same_tensors
 from loratools.format.record import TOOL
 from loratools.options import Options, TrainedOn
 from loratools.parallel import Progress
-from loratools.records import dataclass
 from loratools.storage import atomic, sources
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings, logical, stored_names

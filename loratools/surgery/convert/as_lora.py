@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
 from loratools.dialects._frame.build import is_embedding
 from loratools.errors import IncompatibleAdapter, UnsupportedAdapter, counted
-from loratools.records import dataclass
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.lazy import LazyTensor
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from os import fspath
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from loratools.dialects._frame.facts import Facts, facts_of
 from loratools.dialects._frame.listing import Listing
 from loratools.dialects._frame.places import Fact, table_of
 from loratools.errors import BadFile, InvalidOption, LoraToolsError, OutputRefused
-from loratools.records import dataclass
 from loratools.storage import atomic
 from loratools.storage.beside import making
 from loratools.storage.checkpoint import Checkpoint

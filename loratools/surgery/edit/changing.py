@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from loratools.dialects._frame.metadata import ALPHAS, OF_BYTES, RANKS
 from loratools.dialects._frame.places import ALSO, Fact, Place, table_of
 from loratools.errors import InvalidOption
 from loratools.format.manifest import is_path
-from loratools.records import dataclass
 from loratools.storage.beside import making
 from loratools.storage.beside.front import data_of, parted
 from loratools.surgery.edit import privacy

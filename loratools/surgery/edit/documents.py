@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from loratools.errors import BadFile
 from loratools.format import manifest as sealed
 from loratools.format import validate
 from loratools.format.clauses import CONFIG_FILE, Subject
-from loratools.records import dataclass
 from loratools.storage.beside import making
 from loratools.storage.beside.cards import read_card
 from loratools.storage.beside.front import data_of, parted, with_field

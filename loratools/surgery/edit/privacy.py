@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from loratools.records import dataclass
 from loratools.storage.beside.paths import without_paths
 from loratools.surgery.edit.pictures import bare_uri
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +18,6 @@ from loratools.adapter.placement.whole import resolve_replacements
 from loratools.errors import UnsupportedAdapter, counted
 from loratools.format.digest import adapter_digest
 from loratools.format.record import TOOL
-from loratools.records import dataclass
 from loratools.storage.codecs.floats import Array
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.folding.scales import Scales, reader

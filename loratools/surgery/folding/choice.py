@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from loratools.adapter.input import AdapterInput
 from loratools.adapter.model import Adapter
 from loratools.decisions import decided, warned
 from loratools.errors import IncompatibleAdapter, WrongBase, counted
 from loratools.options import CheckBase, TrainedOn
-from loratools.records import dataclass
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.codecs.folded import folded

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
 
 from loratools.adapter.naming.wrappers import Names
 from loratools.errors import WrongBase, counted
-from loratools.records import dataclass
 from loratools.storage import dtypes, files
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.codecs import Encoding

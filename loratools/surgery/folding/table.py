@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-
-from loratools.records import dataclass
+from dataclasses import dataclass
 
 OPERATION = "carry"
 """What the provenance of a carried adapter calls it."""

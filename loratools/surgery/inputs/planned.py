@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec
 
 from loratools.adapter.input import AdapterInput
-from loratools.records import dataclass
 from loratools.storage import atomic
 from loratools.storage.sources import Location
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,7 +23,6 @@ from loratools.dialects._frame.facts import Facts, facts_of
 from loratools.dialects._frame.metadata import metadata_of
 from loratools.errors import BadFile
 from loratools.format.manifest import METADATA_KEY, ORIGIN
-from loratools.records import dataclass
 from loratools.storage.beside.cards import read_card
 from loratools.storage.sources import Location, session
 from loratools.surgery.inspect.amounts import Amount, TensorSummary, by_dtype, sizes_of, summary_of, total_of

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.naming.compact import natural
-from loratools.records import dataclass
 from loratools.storage.sources import Location
 from loratools.surgery.inspect.amounts import Amount, TensorSummary, amount_of, by_dtype, sizes_of, summary_of
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -10,7 +11,6 @@ from loratools.decisions import warned
 from loratools.engine.plan import MergePlan
 from loratools.engine.task import TensorResult, retention
 from loratools.errors import IncompatibleAdapter, counted
-from loratools.records import dataclass
 from loratools.storage import digest
 from loratools.storage.files import same_bytes
 from loratools.surgery.merge.options import MergeOptions

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING
 
 from loratools.options import CheckBase, Options, Quantized, Retention, Rounding, Tied, TrainedOn
-from loratools.records import dataclass
 from loratools.storage import dtypes
 from loratools.storage.sizes import parse_size
 from loratools.storage.sources import Location

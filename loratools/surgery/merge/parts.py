@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from loratools.errors import BadFile, LoraToolsError, OutputRefused, counted
 from loratools.parallel import Progress, no_progress
 from loratools.parallel.call import Call
 from loratools.parallel.shares import Part
-from loratools.records import dataclass
 from loratools.storage import atomic
 from loratools.storage.atomic import leftovers
 from loratools.storage.beside import making

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -16,7 +17,6 @@ from loratools.options import either
 from loratools.parallel import tasks
 from loratools.parallel.call import Call, fields_of
 from loratools.parallel.shares import balanced
-from loratools.records import dataclass
 from loratools.storage.layout import FilePlan, Slot
 from loratools.surgery.merge.prepare import Merge
 from loratools.surgery.merge.resume import fingerprint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from loratools.engine.run import Settings, in_torch
 from loratools.errors import IncompatibleAdapter
 from loratools.format.record import BROUGHT, CARRIED, DEVICE, REPLACED, of_merge, refuse_second_merge
 from loratools.parallel import cores
-from loratools.records import dataclass
 from loratools.storage import atomic
 from loratools.storage.beside import making, vocabulary
 from loratools.storage.checkpoint import Checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -14,7 +14,6 @@ from loratools.decisions import warned
 from loratools.engine.plan import Change, MergePlan, Recoded
 from loratools.errors import IncompatibleAdapter, InvalidOption, WrongBase, counted
 from loratools.options import Quantized
-from loratools.records import dataclass
 from loratools.storage import codecs, dtypes
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings, logical, restated

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,7 +15,6 @@ from loratools.engine.task import Restore, TensorResult
 from loratools.errors import IncompatibleAdapter, LoraToolsError, counted
 from loratools.format.record import TOOL, in_short
 from loratools.parallel import Progress, no_progress
-from loratools.records import dataclass
 from loratools.storage import atomic, digest
 from loratools.storage.checkpoint.logical import encodings
 from loratools.storage.files import chunks

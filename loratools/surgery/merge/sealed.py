@@ -7,6 +7,7 @@ its numbers in 16 bit are: those of the sealed base's plain tensor, or of its co
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from loratools.adapter.identity import compare
 from loratools.adapter.input import AdapterInput
@@ -15,7 +16,6 @@ from loratools.adapter.naming.wrappers import normalized
 from loratools.adapter.placement.resolve import Placement
 from loratools.errors import WrongBase, counted
 from loratools.options import CheckBase
-from loratools.records import dataclass
 from loratools.storage import digest
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import stored_names

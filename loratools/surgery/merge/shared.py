@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from loratools.parallel import Progress, cores, no_progress, tasks
 from loratools.parallel.call import Call
 from loratools.parallel.executors import Workers, opened
 from loratools.parallel.shares import Part
-from loratools.records import dataclass
 from loratools.storage import atomic
 from loratools.storage.atomic import inputs, leftovers, machine
 from loratools.storage.sources import session

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from loratools.parallel import Progress, no_progress, shared
 from loratools.parallel.call import Call
 from loratools.parallel.plain import from_plain, to_plain
 from loratools.parallel.shares import Part
-from loratools.records import dataclass
 from loratools.storage import atomic, digest
 from loratools.storage.beside import making
 from loratools.storage.sources import session

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from loratools.errors import BadFile, InvalidOption, LoraToolsError
 from loratools.parallel import Progress, no_progress, shared, tasks
 from loratools.parallel.call import Call
 from loratools.parallel.shares import Part, balanced
-from loratools.records import dataclass
 from loratools.storage import digest
 from loratools.storage.atomic import inputs
 from loratools.storage.sources import session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -10,7 +11,6 @@ from loratools.errors import InvalidOption
 from loratools.options import either
 from loratools.parallel.call import Call
 from loratools.parallel.plain import from_plain
-from loratools.records import dataclass
 from loratools.surgery.merge import parts
 from loratools.surgery.merge.planned import VERBS as OF_FILES
 

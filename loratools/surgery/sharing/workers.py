@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from loratools.parallel.call import Call
 from loratools.parallel.executors import Workers, check, opened
 from loratools.parallel.executors._pool import Pool
 from loratools.parallel.shares import Part, balanced
-from loratools.records import dataclass
 from loratools.storage import atomic
 from loratools.storage.atomic import machine
 from loratools.storage.sources import session

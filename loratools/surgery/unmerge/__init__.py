@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,6 @@ from loratools.engine.run import Settings, write_weights
 from loratools.errors import WrongBase
 from loratools.options import Options, Tied
 from loratools.parallel import Progress, cores, no_progress
-from loratools.records import dataclass
 from loratools.storage import atomic, digest, files
 from loratools.storage.beside.cards import read_card
 from loratools.storage.checkpoint import Checkpoint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from loratools.adapter.input import AdapterInput
@@ -16,7 +16,6 @@ from loratools.engine.residual.restore import lost_tensors
 from loratools.errors import IncompatibleAdapter, UnsupportedAdapter, counted
 from loratools.format import record as records
 from loratools.options import Tied, words
-from loratools.records import dataclass
 from loratools.storage import atomic
 from loratools.storage.beside.along import residual_of
 from loratools.storage.checkpoint import Checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from loratools.adapter.placement.codes import stored_as_codes
 from loratools.errors import IncompatibleAdapter, counted
 from loratools.format.record import BROUGHT, ERROR, REPLACED, TOOL, WORDS
 from loratools.parallel import Progress
-from loratools.records import dataclass
 from loratools.storage import atomic, digest, dtypes
 from loratools.storage.lazy import LazyTensor
 from loratools.surgery.merge.folder import write_companions

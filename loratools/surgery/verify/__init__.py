@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratools.adapter.placement.gguf import under_adapters_names
@@ -33,7 +34,6 @@ from loratools.decisions import decided, detailed, warned
 from loratools.options import Options, Tied
 from loratools.parallel import Progress, cores, no_progress, one_blas_thread, workers
 from loratools.parallel.shared import agreed, shared
-from loratools.records import dataclass
 from loratools.storage.atomic.inputs import check_unchanged
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.codecs import schemes
@@ -92,7 +92,7 @@ class Verification:
     cast: int = 0
     unseen: tuple[str, ...] = ()
     tensors_ok: bool = True
-    beside: Beside = Beside()
+    beside: Beside = Beside()  # noqa: RUF009  (frozen)
     run: Run | None = None
     replaced: tuple[str, ...] = ()
     unchecked: tuple[str, ...] = UNCHECKED

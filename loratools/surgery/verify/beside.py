@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from loratools.adapter.placement.shared import EMBEDDINGS, main_tensor
 from loratools.engine.plan import MergePlan
 from loratools.errors import BadFile
-from loratools.records import dataclass
 from loratools.storage import dtypes
 from loratools.storage.beside import along, templates
 from loratools.storage.beside.links import refuse_outside, walk

@@ -8,7 +8,7 @@ import torch takes longer than to read a model of a billion parameters.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ from loratools.adapter.kinds import Factors, Underlying
 from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site
 from loratools.engine.plan import MergePlan
-from loratools.records import dataclass
 from loratools.storage import dtypes, files
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor

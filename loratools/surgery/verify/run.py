@@ -19,6 +19,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,6 @@ from torch import Tensor, nn
 from loratools import live
 from loratools.adapter.input import AdapterInput
 from loratools.errors import MissingExtra, UnsupportedAdapter
-from loratools.records import dataclass
 from loratools.storage import dtypes
 from loratools.storage.checkpoint import Checkpoint
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 from loratools.engine.plan import MergePlan
 from loratools.parallel import Progress
-from loratools.records import dataclass
 from loratools.storage import dtypes, files
 from loratools.storage.codecs import Encoding
 from loratools.storage.header import TensorSpec

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import field
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.site import Site
 from loratools.parallel import Progress
-from loratools.records import dataclass
 from loratools.storage import dtypes, files
 from loratools.storage.header import TensorSpec
 from loratools.storage.resolvers import is_far

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from loratools.adapter.kinds import Update
@@ -15,7 +16,6 @@ from loratools.adapter.naming.image import readings
 from loratools.adapter.naming.image.components import COMPONENTS, component
 from loratools.adapter.naming.image.families import Family, Naming
 from loratools.adapter.naming.image.readings import Lead, Reading
-from loratools.records import dataclass
 
 ORIGINAL = "diffusion_model"
 """ComfyUI's name for the image model of a checkpoint: the component of all modules with the original's names."""

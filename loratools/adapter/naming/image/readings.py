@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 from loratools.adapter.naming.image import families
 from loratools.adapter.naming.image.families import Family, Naming
 from loratools.adapter.naming.image.patterns import Patterns
 from loratools.decisions import warned
-from loratools.records import dataclass
 
 Shapes = Mapping[str, tuple[int, ...]]
 

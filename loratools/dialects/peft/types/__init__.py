@@ -27,6 +27,7 @@ What a kind of update does to a weight is in `adapter/kinds/`. Types that cannot
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -34,7 +35,6 @@ from typing import Any
 from loratools.adapter.kinds import Update
 from loratools.dialects._frame.numbers import is_number
 from loratools.options import modules_in
-from loratools.records import dataclass
 from loratools.storage.lazy import LazyTensor
 
 Test = Callable[[Any], bool]

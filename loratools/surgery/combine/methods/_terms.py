@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from loratools.options import Options
-from loratools.records import dataclass
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from itertools import chain
@@ -19,7 +19,6 @@ from typing import Literal, cast
 from loratools.adapter.naming.image.components import COMPONENTS
 from loratools.adapter.naming.image.patterns import Patterns
 from loratools.options import modules_in
-from loratools.records import dataclass
 
 Naming = Literal["original", "diffusers"]
 
