@@ -199,7 +199,7 @@ MEANT: Mapping[str, str] = {
     "upload": "push", "download": "pull", "fuse": "merge", "rank": "resize", "shrink": "resize", "add": "combine",
     "svd": "extract-svd", "metadata": "inspect edit", "tour": "demo", "remove": "unmerge", "replace": "switch",
     "digest": "hash", "cost": "estimate", "formats": "dialects",
-    "seal": "convert … --base BASE", "undo": "unmerge",
+    "seal": "convert … --base BASE", "undo": "unmerge", "spectrum": "inspect … --spectrum",
 }  # fmt: skip
 """What other tools call a command, or a command in words -> what it is called here: names, or a whole call."""
 

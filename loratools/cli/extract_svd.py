@@ -16,6 +16,7 @@ from loratools.cli._group import command as make
 from loratools.cli._ranks import rank_options, ranks_of
 from loratools.cli._shares import crew, part_of
 from loratools.cli._talk import Talk, pass_talk
+from loratools.errors import counted
 
 if TYPE_CHECKING:
     from loratools.linalg.ranks.allocate import Ranks
@@ -167,9 +168,10 @@ def _lines(extraction: Extraction, every: bool, tight: bool) -> Iterator[str]:
     closer = "" if tight else " (--tight gives a closer bound)"
     lost = f"; what was left out is {extraction.dropped:.4g} of it" if extraction.dropped else ""
     wrote = f"{extraction.output}, {show.size(extraction.nbytes)}"
+    factored = counted(sums.layers, "layer")
     yield from show.fields(
         ("wrote", f"{wrote}, {show.exact(extraction.parameters)} parameters"),
-        ("factors", f"{sums.layers} layers, {spread}, {show.exact(sums.parameters)} parameters, {extraction.dtype}"),
+        ("factors", f"{factored}, {spread}, {show.exact(sums.parameters)} parameters, {extraction.dtype}"),
         ("change", f"{sums.delta_norm / sums.base_norm:.3%} of the weights they change" if sums.base_norm else "-"),
         ("captured", f"{sums.captured:.2%} of the energy of the factored layers"),
         ("error", f"{extraction.error:.4g} of the whole change{lost}"),

@@ -253,7 +253,7 @@ def _base(base: BaseIdentity | None) -> list[str]:
     tiers = [f"schema {base.schema}"] if base.schema else []
     tiers += [f"root   {base.root}"] if base.root else []
     tiers += [f"logical {base.logical}"] if base.logical else []
-    tiers += [f"digests of {len(base.tensors)} tensors"] if base.tensors else []
+    tiers += [f"digests of {counted(len(base.tensors), 'tensor')}"] if base.tensors else []
     return [f"{name}; sealed with its hash:", *tiers]
 
 

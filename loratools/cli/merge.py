@@ -197,9 +197,12 @@ def _plan(prepared: Merge, plan: dict[str, Any]) -> Iterator[str]:
     yield from show.fields(
         ("base", plan["base"]),
         ("output", plan["output"]),
-        ("change", f"{tensors['changed']} of {tensors['total']} tensors, {show.size(sizes['changed'])}"),
+        ("change", f"{tensors['changed']} of {counted(tensors['total'], 'tensor')}, {show.size(sizes['changed'])}"),
         ("copy", show.size(sizes["copied"])),
-        ("write", f"{show.size(sizes['written'])} in {len(plan['files'])} files, {plan['other_files']} others"),
+        (
+            "write",
+            f"{show.size(sizes['written'])} in {counted(len(plan['files']), 'file')}, {plan['other_files']} others",
+        ),
         ("check", f"{plan['verified_tensors']} tensors against the recorded base hash"),
         ("peak memory", f"about {show.size(plan['peak_memory'])} with {plan['threads']} threads"),
         ("free disk", show.size(plan["free_disk"])),
@@ -217,7 +220,7 @@ def lines(report: MergeReport) -> Iterator[str]:
     lost = f"{report.loss_share:.1%} of what codes lose is in {report.output}/loss" if report.loss_share else None
     yield from show.fields(
         ("merged", report.output),
-        ("changed", f"{report.changed} of {report.tensors} tensors"),
+        ("changed", f"{report.changed} of {counted(report.tensors, 'tensor')}"),
         ("wrote", show.size(report.bytes_written)),
         ("base", base),
         ("retention", kept),

@@ -12,6 +12,7 @@ from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._group import command as make
 from loratools.cli._talk import Talk, pass_talk
+from loratools.errors import counted
 
 if TYPE_CHECKING:
     from loratools.surgery.switch import SwitchReport
@@ -76,7 +77,7 @@ def _lines(report: SwitchReport) -> Iterator[str]:
     yield from show.fields(
         ("switched", report.output),
         ("how", how),
-        ("changed", f"{report.changed} of {report.tensors} tensors"),
+        ("changed", f"{report.changed} of {counted(report.tensors, 'tensor')}"),
         ("error", error),
         ("retention", kept),
         ("residual", show.size(left.nbytes) if left else None),

@@ -12,6 +12,7 @@ from loratools.cli import _options as options
 from loratools.cli import _show as show
 from loratools.cli._group import command as make
 from loratools.cli._talk import Talk, pass_talk
+from loratools.errors import counted
 
 if TYPE_CHECKING:
     from loratools.surgery.unmerge import UnmergeReport
@@ -74,7 +75,7 @@ def _lines(report: UnmergeReport) -> Iterator[str]:
     yield from show.fields(
         ("unmerged", report.output),
         ("how", _WAYS[report.method]),
-        ("restored", f"{report.restored} of {report.tensors} tensors"),
+        ("restored", f"{report.restored} of {counted(report.tensors, 'tensor')}"),
         ("proved by", report.proved or "nothing"),
         ("root hash", report.root or None),
         ("error", f"at most {report.error_bound:.3g} in any element" if report.error_bound else exact),
