@@ -25,7 +25,7 @@ NEIGHBOURS = 8
 """Others that an adapter is measured exactly against, at most: those whose sketches are nearest."""
 
 _SURE = 6.0  # standard errors below the wanted cosine at which a sketch still names a pair
-_AT_ONCE = 1 << 20  # products of sketches in memory, 1 MB, however many adapters there are
+_AT_ONCE = 1 << 20  # products of sketches in memory, 4 MB of float32, however many adapters there are
 _SAME = 1e-5  # of ‖ΔW‖: what float32 factors in another basis differ by, at most
 _OPEN, _SMALL = 16, 1 << 25  # adapters that are kept open; bytes up to which their factors are kept too
 
