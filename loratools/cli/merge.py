@@ -215,7 +215,8 @@ def lines(report: MergeReport) -> Iterator[str]:
     kept = (
         "not measured" if report.retention is None else f"about {report.retention:.2%} of the change survives {through}"
     )
-    base = f"{report.verified} tensors are those of the recorded base" if report.verified else "not verified"
+    those = counted(report.verified, "tensor is that", "tensors are those")
+    base = f"{those} of the recorded base" if report.verified else "not verified"
     left = report.residual
     lost = f"{report.loss_share:.1%} of what codes lose is in {report.output}/loss" if report.loss_share else None
     yield from show.fields(

@@ -67,7 +67,7 @@ def parse_json_object(raw: bytes, path: Path, *, constants: bool = False) -> dic
 
     def number(text: str) -> int | float:
         # serde reads "-0" as a float; a shape of -0 must not pass here when it fails there.
-        return finite(text) if text.startswith("-") or len(text) > 20 else int(text)
+        return finite(text) if text == "-0" or len(text) > 20 else int(text)
 
     try:
         text = raw.decode("utf-8")

@@ -27,3 +27,7 @@ def test_json_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("loratools.storage.strict_json.MAX_JSON", 1000)
     with pytest.raises(BadFile, match="larger than 1000 bytes"):
         read_json(path)
+
+
+def test_negative_integers_are_integers_but_for_zero(tmp_path: Path) -> None:
+    assert repr(parse_json_object(b'{"a":-2,"b":[-0,3]}', tmp_path)) == "{'a': -2, 'b': [-0.0, 3]}"

@@ -107,9 +107,11 @@ def same(adapters: Sequence[Sketched], sketches: Tensor, exact: Products) -> lis
             first[i] = (seen, 0.0)
         elif each.by_change:
             heads.append(i)
-    sketches = sketches[heads]
+    sketches = sketches[heads].double()
+    largest = max([*sketches.norm(dim=1).tolist(), 0.0]) or 1.0  # no square of a length of one overflows in float32
+    sketches = (sketches / largest).float()
     norms2 = sketches.square().sum(1)
-    slack = torch.tensor([adapters[i].rounding2 for i in heads], dtype=sketches.dtype)
+    slack = torch.tensor([adapters[i].rounding2 / largest**2 for i in heads], dtype=sketches.dtype)
     is_head = torch.ones(len(heads), dtype=torch.bool)
     for start, products in _blocks(sketches):
         stop = start + len(products)
@@ -194,8 +196,8 @@ def _distance(adapters: Sequence[Sketched], exact: Products, i: int, j: int) -> 
 def _unit(sketches: Tensor, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return the chosen sketches at length one, zeros where ΔW = 0, and their lengths, ‖ΔW‖ as sketches tell it."""
     rows = sketches[list(chosen)]
-    lengths = rows.norm(dim=1)
-    return rows / lengths.masked_fill(lengths == 0, 1.0)[:, None], lengths
+    lengths = rows.norm(dim=1, dtype=torch.float64)
+    return (rows / lengths.masked_fill(lengths == 0, 1.0)[:, None]).to(rows.dtype), lengths
 
 
 def _blocks(sketches: Tensor, whole: bool = False) -> Iterator[tuple[int, Tensor]]:

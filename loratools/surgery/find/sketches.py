@@ -127,6 +127,9 @@ def sketched(adapter: Adapter, name: str, warnings: Sequence[str] = ()) -> tuple
     reason = _reason(changes)
     modules = named(changes)
     summed, rounding2 = (None, 0.0) if reason else _summed(modules, _unit_roundoff(adapter))
+    if summed is not None and not summed.isfinite().all():
+        reason = "its change has NaN, infinity, or numbers that are too large for float32"
+        summed, rounding2 = None, 0.0
     tensors = adapter.tensors().values()
     ranks = [update.rank for update in adapter.updates.values()]
     found = FoundAdapter(

@@ -80,8 +80,8 @@ def test_what_is_refused_is_refused_again(tmp_path: Path) -> None:
 
 def test_a_task_works_a_digest_out_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[str] = []
-    tensor_digests = digest.tensor_digests
-    monkeypatch.setattr(digest, "tensor_digests", lambda *args: counted.append("") or tensor_digests(*args))
+    chunks_of_all = digest.chunks_of_all
+    monkeypatch.setattr(digest, "chunks_of_all", lambda *args: counted.append("") or chunks_of_all(*args))
     with session():
         assert adapter_digest(open_adapter(folder)) == adapter_digest(open_adapter(folder))
         assert len(counted) == 1

@@ -238,3 +238,24 @@ def test_a_row_for_each_adapter_makes_a_frame(prepared: Path) -> None:
     frame = pandas.DataFrame(find(prepared).rows())
     assert list(frame["path"]) == ["adapter", "blend", "other", "sealed"]
     assert list(frame["group"].fillna(0)) == [1, 0, 0, 1]
+
+
+def test_changes_whose_squares_overflow_are_found(adapter: Path, zoo: Path) -> None:
+    variant(adapter, zoo / "small")
+    variant(adapter, zoo / "large", lambda weights: {name: 1e10 * W for name, W in weights.items()})
+    variant(zoo / "large", zoo / "turned", turned)
+    found = find(zoo)
+    assert [group.paths for group in found.duplicates] == [("large", "turned")]
+    assert [(near.first, near.second) for near in found.near] == [("large", "small")]
+    assert found.near[0].cosine == pytest.approx(1, abs=1e-6)
+
+
+def test_numbers_that_are_none_are_told(adapter: Path, zoo: Path) -> None:
+    variant(adapter, zoo / "plain")
+    variant(adapter, zoo / "nan", only("lora_B", lambda W: W * torch.nan))
+    variant(zoo / "nan", zoo / "nan-again")
+    found = find(zoo)
+    assert [(group.paths, group.by_parameters) for group in found.duplicates] == [(("nan", "nan-again"), True)]
+    assert [adapter.by_parameters for adapter in found.adapters] == [
+        *["its change has NaN, infinity, or numbers that are too large for float32"] * 2, ""
+    ]  # fmt: skip
