@@ -1,10 +1,10 @@
-/* The arithmetic of rows.c for vectors of WIDTH numbers, with the instructions of TARGET: TOGETHER rows and ACROSS
+/* The arithmetic of rows.c for vectors of WIDTH numbers, with the instructions of TARGET: TOGETHER rows and AT_ONCE
  * vectors of each at a time.
  *
  * `dtype`, that of W, and `result`, that of out, are constants wherever these functions are inlined: what stands once
  * here becomes a loop for each of them.
  */
-#include "floats.h"
+#include "product.h"
 
 #define HalfVector NAMED(HalfVector, WIDTH)
 #define Doubles NAMED(Doubles, WIDTH)
@@ -15,22 +15,6 @@ typedef float HalfVector __attribute__((vector_size(2 * WIDTH), aligned(4), may_
 typedef double Doubles __attribute__((vector_size(4 * WIDTH), aligned(8), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef int16_t Pairs __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias)); /* 16-bit numbers of two Vectors */
-
-/* sums = left·right for `count` rows, a constant where this is inlined. */
-INLINE void NAMED(multiply, WIDTH)(
-    const float *left, const float *right, size_t rank, size_t panels, float *sums, int count)
-{
-    for (size_t p = 0; p < panels; p++, right += rank * LANES, sums += LANES)
-        for (int j = 0; j < LANES; j += ACROSS * WIDTH) {
-            Vector sum[TOGETHER][ACROSS] = {{{0}}}; /* these stay in registers */
-            for (size_t k = 0; k < rank; k++)
-                for (int i = 0; i < count; i++)
-                    for (int n = 0; n < ACROSS; n++)
-                        sum[i][n] += left[i * rank + k] * *(const Vector *)(right + k * LANES + j + n * WIDTH);
-            for (int i = 0; i < count; i++)
-                for (int n = 0; n < ACROSS; n++) *(Vector *)(sums + i * panels * LANES + j + n * WIDTH) = sum[i][n];
-        }
-}
 
 /* Add W to the sums of a row; return the sum of their squares. */
 INLINE double NAMED(squares, WIDTH)(const char *W, float *sums, size_t padded, int dtype)
@@ -275,12 +259,12 @@ INLINE void NAMED(rows, WIDTH)(Rows *at, int dtype, int result)
     size_t panels = (at->columns + LANES - 1) / LANES, padded = panels * LANES, i = 0;
     at->zero_row = -1;
     for (; i + TOGETHER <= at->rows; i += TOGETHER) {
-        NAMED(multiply, WIDTH)(at->left + i * at->rank, at->right, at->rank, panels, at->sums, TOGETHER);
+        NAMED(product, WIDTH)(at->left + i * at->rank, at->right, at->rank, panels, at->sums, TOGETHER);
         for (size_t n = 0; n < TOGETHER; n++)
             NAMED(place, WIDTH)(at, i + n, at->sums + n * padded, padded, dtype, result);
     }
     for (; i < at->rows; i++) {
-        NAMED(multiply, WIDTH)(at->left + i * at->rank, at->right, at->rank, panels, at->sums, 1);
+        NAMED(product, WIDTH)(at->left + i * at->rank, at->right, at->rank, panels, at->sums, 1);
         NAMED(place, WIDTH)(at, i, at->sums, padded, dtype, result);
     }
 }

@@ -2,7 +2,7 @@
  *
  * `dtype` and `source`, those of the base and of the merged numbers, are constants wherever these functions are inlined.
  */
-#include "floats.h"
+#include "product.h"
 
 #define Doubles NAMED(Doubles, WIDTH)
 #define HalfVector NAMED(HalfVector, WIDTH)
@@ -311,32 +311,18 @@ INLINE void NAMED(resolve, WIDTH)(
     }
 }
 
-/* sums (count, LANES) = left·right; `count` is a constant where this is inlined. */
-INLINE void NAMED(product, WIDTH)(const float *left, const float *right, size_t rank, float (*sums)[LANES], int count)
-{
-    for (int j = 0; j < LANES; j += AT_ONCE * WIDTH) {
-        Vector sum[TOGETHER][AT_ONCE] = {{{0}}}; /* these stay in registers */
-        for (size_t k = 0; k < rank; k++)
-            for (int row = 0; row < count; row++)
-                for (int n = 0; n < AT_ONCE; n++)
-                    sum[row][n] += left[row * rank + k] * *(const Vector *)(right + k * LANES + j + n * WIDTH);
-        for (int row = 0; row < count; row++)
-            for (int n = 0; n < AT_ONCE; n++) *(Vector *)(sums[row] + j + n * WIDTH) = sum[row][n];
-    }
-}
-
-/* The same for any number of rows. */
+/* sums (count, LANES) = left·right for any number of rows. */
 static TARGET __attribute__((noinline)) void NAMED(multiply, WIDTH)(
     const float *left, const float *right, size_t rank, float (*sums)[LANES], size_t count)
 {
     size_t row = 0;
     for (; row + TOGETHER <= count; row += TOGETHER)
-        NAMED(product, WIDTH)(left + row * rank, right, rank, sums + row, TOGETHER);
+        NAMED(product, WIDTH)(left + row * rank, right, rank, 1, sums[row], TOGETHER);
 #if TOGETHER > 4
-    for (; row + 4 <= count; row += 4) NAMED(product, WIDTH)(left + row * rank, right, rank, sums + row, 4);
+    for (; row + 4 <= count; row += 4) NAMED(product, WIDTH)(left + row * rank, right, rank, 1, sums[row], 4);
 #endif
-    for (; row + 2 <= count; row += 2) NAMED(product, WIDTH)(left + row * rank, right, rank, sums + row, 2);
-    for (; row < count; row++) NAMED(product, WIDTH)(left + row * rank, right, rank, sums + row, 1);
+    for (; row + 2 <= count; row += 2) NAMED(product, WIDTH)(left + row * rank, right, rank, 1, sums[row], 2);
+    for (; row < count; row++) NAMED(product, WIDTH)(left + row * rank, right, rank, 1, sums[row], 1);
 }
 
 /* Predict at most TOGETHER rows of 16 bit; `i` is the first of them among the step's.

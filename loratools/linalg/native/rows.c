@@ -54,16 +54,16 @@ typedef struct {
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 #define WIDTH 8
 #define TOGETHER 6
-#define ACROSS 2
+#define AT_ONCE 2
 #include "kernel.h"
 #undef TARGET
 #undef WIDTH
 #undef TOGETHER
-#undef ACROSS
+#undef AT_ONCE
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 #define WIDTH 16
 #define TOGETHER 8
-#define ACROSS 2
+#define AT_ONCE 2
 #include "kernel.h"
 
 static int wide(void)
@@ -87,7 +87,7 @@ static void loratools_widen(const char *raw, size_t count, size_t dtype, float *
 #define TARGET
 #define WIDTH 4
 #define TOGETHER 2
-#define ACROSS 8
+#define AT_ONCE 8
 #include "kernel.h"
 
 static int served(void) { return 1; }
