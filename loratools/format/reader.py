@@ -59,14 +59,16 @@ def _updates(path: Path, subject: Subject) -> dict[str, Update]:
     updates: dict[str, Update] = {}
     unknown: list[str] = []
     tensors, modules, specs = subject.parts, subject.manifest["modules"], subject.specs or {}
+    stored = LazyTensor.stored
+    build = {kind: kinds.get(kind).build for kind in {entry["kind"] for entry in modules.values()} & {*kinds.names()}}
     for module, entry in modules.items():
         kind = entry["kind"]
-        if kind not in kinds.names():
+        if kind not in build:
             unknown.append(f"{module}: kind {kind!r}")
             continue
-        parts = {part: LazyTensor.stored(specs[name]) for part, name in tensors[module].items()}
+        parts = {part: stored(specs[name]) for part, name in tensors[module].items()}
         extra = {"layout": entry["layout"]} if KINDS[kind].layout else {}
-        update: Update = kinds.get(kind).build(parts, float(entry["scaling"]), float(entry["alpha"]), **extra)
+        update: Update = build[kind](parts, float(entry["scaling"]), float(entry["alpha"]), **extra)
         if update.parts.keys() != parts.keys() and (left := parts.keys() - update.parts.keys()):
             unknown.append(f"{module}: kind {kind!r} with {', '.join(sorted(left))}")
         updates[module] = update
