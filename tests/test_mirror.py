@@ -39,7 +39,7 @@ ELSEWHERE = {
     "hub/test_pull_faults": "hub: pull client faults",
     "hub/test_round_trip": "hub: push section subject",
     "recipe/test_recipe": "cli: recipe _account _catalog _recipes; storage/beside: making",
-    "spec/test_vectors": "format: digest meaning registry shapes validate; "
+    "spec/test_vectors": "format: digest meaning registry shapes; "
     "format/clauses: container integrity layout manifest tensors",
     "interop/test_live_hooks": "live/below: checkpoints",
     "live/below/test_meta": "live/below: silent",

@@ -71,8 +71,20 @@ def canonical_parts(value: Mapping[str, Any], plain: Collection[str]) -> str:
     """
     if not all(isinstance(name, str) for name in value):
         return canonical(value)
-    texts = {name: (canonical_object if name in plain else canonical)(part) for name, part in value.items()}
-    return "{" + ",".join([f"{_text(name)}:{texts[name]}" for name in _ordered(value)]) + "}"
+    return joined({name: (canonical_object if name in plain else canonical)(part) for name, part in value.items()})
+
+
+def texts_of(value: Mapping[str, Any]) -> dict[str, str]:
+    """Return the canonical text of each member of an object that JSON said; `joined`, they are its own.
+
+    Raises `ValueError` as `canonical` does.
+    """
+    return {name: (canonical_object if type(part) is dict else canonical)(part) for name, part in value.items()}
+
+
+def joined(texts: Mapping[str, str]) -> str:
+    """Return the canonical text of an object whose members have these."""
+    return "{" + ",".join([f"{_text(name)}:{texts[name]}" for name in _ordered(texts)]) + "}"
 
 
 def _ordered(names: Collection[str]) -> list[str]:

@@ -21,6 +21,7 @@ from reprlib import Repr
 from typing import Any
 
 from loratools.format import keys, registry
+from loratools.format.canonical import texts_of
 from loratools.format.manifest import names_of
 from loratools.format.registry import KINDS, Kind
 from loratools.storage.header import TensorSpec
@@ -46,6 +47,11 @@ class Subject:
     text: str = ""
     config: Mapping[str, Any] | None = None
     specs: Mapping[str, TensorSpec] | None = None
+
+    @cached_property
+    def fields(self) -> Mapping[str, str]:
+        """The canonical text of each field of the manifest; `ValueError` where it has none."""
+        return texts_of(self.manifest)
 
     def entries(self, *fields: str) -> Sequence[tuple[str, Mapping[str, Any]]]:
         """Return the well-formed entries of fields, `modules` or `replacements`; of `modules` if none is named."""

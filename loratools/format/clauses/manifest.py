@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from loratools.errors import BadFile
-from loratools.format.canonical import canonical_object
+from loratools.format.canonical import joined
 from loratools.format.clauses import (
     COUNT,
     FLAG,
@@ -39,7 +39,7 @@ _path = lru_cache(4096)(re.compile(r"[^.\x00-\x1f\x7f]+(\.[^.\x00-\x1f\x7f]+)*")
 def canonical_text(subject: Subject) -> Iterator[Fault]:
     """Compare the text with the canonical one (RFC 8785)."""
     try:
-        canon = canonical_object(subject.manifest)
+        canon = joined(subject.fields)
     except ValueError as error:
         yield "manifest", str(error)
         return
