@@ -142,6 +142,13 @@ def _step(changes: Sequence[tuple[Site, Factors, float]]) -> Step:
 
 def _fixed(factor: Array, bits: int, axis: int) -> Array:
     """Return each row (`axis` 1) or column rounded to multiples of 2^-bits of the power of two above its largest."""
-    _, exponent = np.frexp(np.abs(factor).max(axis=axis, keepdims=True))
-    fixed: Array = np.ldexp(np.rint(np.ldexp(factor, bits - exponent)), exponent - bits)
+    _, exponent = np.frexp(np.maximum(factor.max(axis=axis, keepdims=True), -factor.min(axis=axis, keepdims=True)))
+    shift = bits - exponent
+    fixed: Array = np.array(factor)
+    # 2^shift need be no float64, each half of it is; these products are exact, and np.ldexp takes far longer.
+    for half in (shift // 2, shift - shift // 2):
+        fixed *= np.ldexp(1.0, half)
+    np.rint(fixed, out=fixed)
+    for half in (shift // 2, shift - shift // 2):
+        fixed *= np.ldexp(1.0, -half)
     return fixed

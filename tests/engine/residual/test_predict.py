@@ -10,7 +10,7 @@ import torch
 
 from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site
-from loratools.engine.residual.predict import is_predictable, measure, steps
+from loratools.engine.residual.predict import _fixed, is_predictable, measure, steps
 from tests.adapter.kinds.reference import Parts, build, delta, merged, random
 from tests.adapter.kinds.test_kinds import CONV, EMBEDDING, KINDS, LINEAR, weight_of
 
@@ -77,3 +77,15 @@ def test_other_changes_are_not_predicted() -> None:
     }
     assert is_predictable([place(LINEAR), place(KINDS["dora"])])
     assert not is_predictable([place(LINEAR), Placement("m", build(loha), Site.whole("w", (7, 10)))])
+
+
+@pytest.mark.parametrize("exponent", [-1020, -300, 0, 300, 1000])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_factors_are_rounded_to_so_many_bits_below_the_largest_of_a_row(exponent: int, axis: int) -> None:
+    generator = np.random.default_rng(exponent + 2000)
+    factor = np.ldexp(generator.standard_normal((9, 7)), exponent - generator.integers(0, 8, (9, 7)))
+    factor[2] = 0
+    rows, found = (factor, _fixed(factor, 20, 1)) if axis else (factor.T, _fixed(factor, 20, 0).T)
+    for row, fixed in zip(rows.tolist(), found.tolist(), strict=True):
+        unit = Fraction(2) ** (int(np.frexp(np.abs(row).max())[1]) - 20)
+        assert fixed == [float(round(Fraction(number) / unit) * unit) for number in row]
