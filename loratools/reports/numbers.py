@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import PurePosixPath, PureWindowsPath
 
 
@@ -81,7 +83,11 @@ def width(text: str) -> int:
         >>> width("q_proj"), width("模型")
         (6, 4)
     """
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+    return len(text) if text.isascii() else sum(map(_columns, text))
+
+
+def _columns(character: str) -> int:
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def shortened(text: str, most: int) -> str:
@@ -93,13 +99,13 @@ def shortened(text: str, most: int) -> str:
     """
     if width(text) <= most:
         return text
-    head, tail = most // 2, (most - 1) // 2
-    before, after = text, text
-    while width(before) > head:
-        before = before[:-1]
-    while width(after) > tail:
-        after = after[1:]
-    return f"{before}…{after}"
+    return f"{_beginning(text, most // 2)}…{_beginning(text[::-1], (most - 1) // 2)[::-1]}"
+
+
+def _beginning(text: str, most: int) -> str:
+    """Return as much of a text as takes at most `most` columns."""
+    taken = list(accumulate(map(_columns, text[: most + 1])))
+    return text[: bisect_right(taken, most)]
 
 
 def names_of(locations: Sequence[str]) -> list[str]:
