@@ -16,6 +16,7 @@ from tests.surgery.models import load
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 
 
+@pytest.mark.sweep(60)
 @pytest.mark.parametrize(("name", "settings"), listed())
 def test_a_merge_on_a_device_is_that_of_the_processor(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("peft")

@@ -30,6 +30,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return float((ours.double() - theirs.double()).abs().max()) <= 1e-6 * float(theirs.abs().max())
 
 
+@pytest.mark.sweep(80)
 @pytest.mark.parametrize("scaling", sorted(SCALINGS))
 @pytest.mark.parametrize("where", ["attention", "linear"])
 def test_merged_weights_are_those_of_peft(

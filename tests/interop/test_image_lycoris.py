@@ -239,7 +239,7 @@ def same(ours: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert torch.equal(ours[name].float(), tensor.float()), name
 
 
-@pytest.mark.sweep(9)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize(("name", "algorithm"), CASES)
 def test_every_naming_merges_into_every_layout_alike(
     bases: Callable[[str], tuple[Path, Path]],

@@ -61,6 +61,7 @@ def with_base(name: str, folder: Path) -> Any:
     return replace(adapter, base=BaseIdentity("black-forest-labs/FLUX.1-dev")) if name == "flux" else adapter
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_pipeline_folder(case: Case, dialect: str, tmp_path: Path) -> None:
     report = merge(case.pipeline, [case.adapters[dialect]], tmp_path / "merged", keep_residual=True)
@@ -92,6 +93,7 @@ def test_one_original_file(case: Case, dialect: str, tmp_path: Path) -> None:
     assert unmerge(tmp_path / "merged", [part], tmp_path / "back").proved == "root hash"
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_the_folder_of_one_component(case: Case, dialect: str, tmp_path: Path) -> None:
     for component in images.TARGETS[case.name]:

@@ -253,6 +253,7 @@ def made(tmp_path: Path, name: str, settings: Mapping[str, Any]) -> tuple[Any, P
     return base, tmp_path / "base", tmp_path / "adapter"
 
 
+@pytest.mark.sweep(80)
 @pytest.mark.parametrize(("name", "settings"), listed())
 def test_a_merge_is_pefts(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")

@@ -83,6 +83,7 @@ def trained(model: Any, config: Any) -> Any:
     return peft
 
 
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize(("model_type", "name"), CASES)
 def test_a_merge_into_permuted_rows_is_pefts(model_type: str, name: str, models: Any, tmp_path: Path) -> None:
     pytest.importorskip("peft")

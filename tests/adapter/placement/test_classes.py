@@ -54,8 +54,8 @@ def test_what_a_class_ties(name: str) -> None:
     assert compare(getattr(transformers, name)) == []
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.slow
-@pytest.mark.sweep(6)
 @pytest.mark.parametrize("share", range(SHARES))
 def test_what_every_class_ties(share: int) -> None:
     """A class that its default config does not build is compared where it can be built. Every class is of one share."""

@@ -103,6 +103,7 @@ def same(ours: Deltas, theirs: Deltas) -> None:
         np.testing.assert_allclose(ours[module], delta, rtol=0, atol=1e-5, err_msg=module)
 
 
+@pytest.mark.sweep(24)
 @pytest.mark.parametrize("source", DIALECTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_lora_of_every_module_is_converted_into_each_dialect(name: str, source: str, tmp_path: Path) -> None:
@@ -120,6 +121,7 @@ def test_a_lora_of_every_module_is_converted_into_each_dialect(name: str, source
         same(delta, there if theirs else ours)
 
 
+@pytest.mark.sweep(24)
 @pytest.mark.parametrize("source", DIALECTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_merged_into_a_base_of_either_naming(name: str, source: str, tmp_path: Path) -> None:
