@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from loratools.errors import MissingExtra
+from loratools.parallel import cores
 
 SAMPLED = ("sweep", "paper", "fuzz", "kills")
 """Markers of tests of which a sample runs, unless all are asked for with --whole."""
@@ -48,6 +49,12 @@ def pytest_configure(config: pytest.Config) -> None:
         (folder / place).mkdir()
         os.environ[name] = str(folder / place)
     tempfile.tempdir = None  # it was found before
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes `-n auto` starts: one per core, at most four, each of which may need two gigabytes."""
+    return min(cores(), 4)
 
 
 def remove_leftovers(folder: Path) -> None:
