@@ -66,7 +66,7 @@ def joined(ranks: bytes, at: Array, high: Array, count: int) -> bytes:
 
 def framed(form: int, count: int, ranks: bytes, raw: bytes) -> bytes:
     """Return a block of packed `ranks` and of `count` exceptions that are to be compressed."""
-    packed = zlib.compress(raw, 6) if count else b""
+    packed = _deflate(raw) if count else b""
     return _HEAD.pack(form, count, len(ranks), len(packed)) + ranks + packed
 
 
@@ -185,6 +185,13 @@ def _planes(values: Array) -> bytes:
 def _unplanes(raw: bytes, dtype: Any) -> Array:
     values: Array = np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1).T).view(dtype).ravel()
     return values
+
+
+def _deflate(raw: bytes) -> bytes:
+    """Return compressed bytes; few of them with a window of their size, for the usual one zlib clears 256 kB."""
+    window = max(9, min(15, len(raw).bit_length()))
+    deflater = zlib.compressobj(6, zlib.DEFLATED, window, min(8, window - 6))
+    return deflater.compress(raw) + deflater.flush()
 
 
 def _inflate(packed: memoryview, size: int) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -53,3 +55,13 @@ def test_a_block_of_another_tile_is_refused() -> None:
         codes.decode(memoryview(block), values[:50], prediction[:50], "BF16", "BF16")
     with pytest.raises(BadFile, match="contradicts itself"):
         codes.decode(memoryview(block)[:-1], values, prediction, "BF16", "BF16")
+
+
+@pytest.mark.parametrize("count", [1, 5, 64, 85, 86, 1000, 5460, 5461, 40_000])
+def test_exceptions_of_any_number_come_back_in_no_more_room_than_usual(count: int) -> None:
+    numbers = np.random.default_rng(count).integers(0, 200, 6 * count, np.uint8)
+    numbers[count : 4 * count] = 0
+    raw = numbers.tobytes()
+    block = codes.framed(codes.SPARSE, count, b"", raw)
+    assert codes.unframed(memoryview(block), count, 2) == (codes.SPARSE, count, b"", raw)
+    assert len(block) - len(codes.framed(codes.SPARSE, 0, b"", b"")) <= len(zlib.compress(raw, 6)) * 1.02 + 2
