@@ -212,7 +212,10 @@ _Named = tuple[tuple[str, TensorSpec], ...]
 @lru_cache(16)
 def _behind(text: str) -> _Named:
     """Return the tensors that a header has behind its metadata, as of data that begin at 0; raise `BadFile`."""
-    return tuple(_tensors(parse_json_object(f"{{{text}".encode(), Path()), Path(), 0).items())
+    document = parse_json_object(f"{{{text}".encode(), Path())
+    if "__metadata__" in document:
+        raise BadFile("'__metadata__' occurs twice")
+    return tuple(_tensors(document, Path(), 0).items())
 
 
 def check_name(name: str, path: Path) -> None:

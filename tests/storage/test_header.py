@@ -108,6 +108,8 @@ REFUSED = [
     (f'{{"w":{ONE},"w":{ONE}}}', 4, "'w' occurs twice", False),
     (f'{{"w":{ONE[:-1]},"dtype":"F32"}}}}', 4, "'dtype' occurs twice", True),
     ('{"__metadata__":{"a":"1","a":"2"}}', 0, "'a' occurs twice", False),
+    (f'{{"__metadata__":{{"a":"1"}},"__metadata__":{ONE}}}', 4, "'__metadata__' occurs twice", True),
+    (f'{{"__metadata__":{{"a":"1"}},"w":{ONE},"__metadata__":{{"a":"1"}}}}', 4, "'__metadata__' occurs twice", True),
     ('{"__metadata__":{"a":1}}', 0, "__metadata__ must map strings to strings", True),
     ('{"__metadata__":[]}', 0, "__metadata__ must map strings to strings", True),
     ('{"__metadata__":"x"}', 0, "__metadata__ must map strings to strings", True),
@@ -160,6 +162,15 @@ def test_faults_are_refused_by_their_sentence(
     tmp_path: Path, text: str | bytes, data: int, match: str, library: bool
 ) -> None:
     path = file_of(tmp_path / "x.safetensors", text, bytes(data))
+    assert library_accepts(path) != library
+    refusal(path, match)
+
+
+@pytest.mark.parametrize(("text", "data", "match", "library"), [case for case in REFUSED if case[0][:4] == '{"w"'])
+def test_so_are_faults_behind_metadata_that_are_read_apart(
+    tmp_path: Path, text: str, data: int, match: str, library: bool
+) -> None:
+    path = file_of(tmp_path / "x.safetensors", '{"__metadata__":{"a":"1"},' + text[1:], bytes(data))
     assert library_accepts(path) != library
     refusal(path, match)
 
