@@ -13,6 +13,7 @@ import numpy as np
 
 from loratools.linalg.native import delta
 from loratools.linalg.svd.start import random_columns
+from loratools.linalg.svd.stopping import CAUTION, hidden, is_crowded, to_come
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -20,10 +21,6 @@ LEFT = 1e-2
 """Below this share of ‖D‖², ‖D‖² - Σσ² is a difference of nearly equal numbers, and bfloat16 too coarse to seek it."""
 FAR = 30
 """A gain of so many tolerances is not the last one."""
-FASTEST, SLOWEST = 0.1, 0.9
-"""The share by which a gain shrinks each step. Never trust less (luck) or more (a plateau) than these."""
-CAUTION = 1.5
-"""What is still to be won has been up to 1.3 times the estimate, on noise above all: so much of it counts."""
 EXTRA_BLOCKS, EXTRA = 6, 192
 """Blocks, and columns, kept beyond the wanted rank; more bounds memory and the size of the small problem."""
 COARSE = 1e-4
@@ -36,6 +33,8 @@ MODERATE = 40
 """‖D‖_F within so many powers of two: no square of what matters in it over- or underflows in float32."""
 SUMS = 1e-4
 """Far more than sums of float32 products are off, as a share."""
+OFF, FINE = 10.0, 5e-7
+"""Units of rounding that θ of a direction with one number is off, and the share of the error that this may be."""
 
 EPS = float(np.finfo(np.float32).eps)
 # What Cholesky leaves of each column of length one: below the first one pass does not make them orthonormal, below the
@@ -104,7 +103,9 @@ class Basis:
         self.G = np.empty((0, 0))
         self.products = block
         self.estimate = 0.0
+        self._seed = seed
         self._back: Array | None = None
+        self._eigen: tuple[int, Array, Array] | None = None
 
     @property
     def V(self) -> Array:
@@ -125,7 +126,7 @@ class Basis:
         most = min(rank + 2 * max(EXTRA_BLOCKS * block, EXTRA), n // 2)  # it does not restart
         basis = cls(D, block, most, seed)
         new = _orthonormal(D.across(random_columns(m, block, seed)))
-        last: tuple[float, float | None] | None = None  # captured, gain
+        last: tuple[Array, float | None] | None = None  # the values wanted, gain
         left = norm2
         onward = True
         while new is not None and basis.width + block <= most:
@@ -139,12 +140,15 @@ class Basis:
                 if left < LEFT * norm2 or _repeated(theta[:rank], block):
                     return None
                 if last is not None:
-                    gain = max(captured - last[0], 0.0)
-                    ratio = min(max(gain / last[1] if last[1] else SLOWEST, FASTEST), SLOWEST)
-                    basis.estimate = gain * ratio / (1 - ratio)
+                    gain = max(captured - float(last[0].sum()), 0.0)
+                    crowded = is_crowded(theta, rank, block)
+                    basis.estimate = to_come(gain, last[1], crowded=crowded)
                     if CAUTION * basis.estimate <= tolerance * left:
-                        return basis
-                last = captured, gain
+                        missed = hidden(theta[:rank], last[0], basis.seen(rank), crowded=crowded)
+                        basis.estimate = max(basis.estimate, missed)
+                        if CAUTION * missed <= tolerance * left:
+                            return basis
+                last = theta[:rank], gain
                 onward = gain is None or gain > FAR * tolerance * left
             new = basis.news()
         return None
@@ -179,9 +183,21 @@ class Basis:
             W = self.D.across(Q)
         return _orthonormal(W, self.V)
 
+    def leading(self) -> tuple[Array, Array]:
+        """Return θ and X, the eigenvalues and eigenvectors of G, the largest first."""
+        if self._eigen is None or self._eigen[0] != self.width:
+            self._eigen = self.width, *descending(self.G)
+        return self._eigen[1:]
+
+    def seen(self, rank: int) -> Array:
+        """Return Sᵀ·D·v for the columns of the sketch S and the leading directions v, (block, r): see `hidden`."""
+        first = delta.gram(self._Y[:, : self.block], random_columns(len(self._Y), self.block, self._seed))
+        seen: Array = first.T @ self.leading()[1][: self.block, :rank]  # later columns of V are orthogonal to Dᵀ·S
+        return seen
+
     def directions(self, rank: int) -> Array:
         """Return the leading directions (n, r), orthonormal."""
-        return delta.times(self.V, descending(self.G)[1][:, :rank].astype(np.float32))
+        return delta.times(self.V, self.leading()[1][:, :rank].astype(np.float32))
 
     def beyond(self, rank: int, lost2: float) -> float:
         """Return what a basis of products in bfloat16 proves of D beyond `rank` directions (`energy_beyond`)."""

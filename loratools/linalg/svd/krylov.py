@@ -25,8 +25,9 @@ from loratools.linalg.orthonormal import (
     well_conditioned,
 )
 from loratools.linalg.products import across, both, times
-from loratools.linalg.svd.basis import ALIKE, CAUTION, COARSE, EXTRA, EXTRA_BLOCKS, FAR, FASTEST, LEFT, SLOWEST
-from loratools.linalg.svd.start import sketched_start
+from loratools.linalg.svd.basis import ALIKE, COARSE, EXTRA, EXTRA_BLOCKS, FAR, LEFT
+from loratools.linalg.svd.start import random_columns, sketched_start
+from loratools.linalg.svd.stopping import CAUTION, Array, hidden, is_crowded, to_come
 
 _MOST_STEPS = 60
 # Random columns at once: each time as many as there were before, up to this.
@@ -195,6 +196,12 @@ class Krylov:
         """Return V·X (n, r) in float64, as `leading` does."""
         return product64(self.V, self._eigenvectors()[1][:, -rank:].flip(1).to(self.D.device))
 
+    def seen(self, rank: int, sketch: Tensor) -> Array:
+        """Return Sᵀ·D·v for the columns of the sketch S and the leading directions v, (b, r): see `stopping.hidden`."""
+        first = gram(self.parts[0], sketch)  # what came later is orthogonal to Dᵀ·S
+        seen: Array = (first.T @ self._eigenvectors()[1][: len(first), -rank:].flip(1)).numpy()
+        return seen
+
     def residual_edges(self) -> Tensor:
         """Return the max row norm + max column norm of D less the leading r-1 directions, for r = 1..k; (k,)."""
         if self._lines is None:
@@ -226,8 +233,7 @@ def iterate(
     D is (m, n) with n ≤ m best; `norm2` is ‖D‖². `wanted(basis, complete)` says the rank that the singular values
     seen so far call for, or None for "show me more"; `complete` is true when no more exist, and `counted` tells that
     the rank hangs on the values. It is not asked before the basis has `least` columns. Stops when the
-    energy still to be won, estimated from the last two gains as a geometric series, with caution, is
-    ≤ tolerance·(‖D‖² - captured).
+    energy still to be won, estimated with caution as `stopping.py` does, is ≤ tolerance·(‖D‖² - captured).
     Returns the basis, the rank, and that estimate. Always returns: a spectrum that resists only costs steps, and beyond
     half of the short side the complete basis is cheaper than to go on. With `low` (see `Krylov`) it returns None where
     the digits do not suffice: what is left, or the last direction seen, is near their rounding, or the complete basis
@@ -235,8 +241,9 @@ def iterate(
     """
     basis = Krylov(D, sketched_start(D if low is None else low, block, seed), seed=seed, low=low, onward=True)
     basis.products += block
+    sketch = torch.from_numpy(random_columns(D.shape[0], min(block, D.shape[1]), seed)).to(D.device, basis.V.dtype)
     short = min(D.shape)
-    last: tuple[int, float, float | None] | None = None  # rank, captured, gain
+    last: tuple[Tensor, float | None] | None = None  # the values wanted, gain
     estimate = left = norm2
 
     def refreshed() -> bool:
@@ -264,24 +271,27 @@ def iterate(
             if low is not None and left < LEFT * norm2:
                 return None
             gain = None
-            if last is not None and last[0] == rank:
-                gain = max(captured - last[1], 0.0)
-                shrinks = gain / last[2] if last[2] else SLOWEST
-                ratio = min(max(shrinks, FASTEST), SLOWEST)
-                estimate = gain * ratio / (1 - ratio)
-                if estimate <= max(tolerance / CAUTION * left, 1e-14 * norm2):
+            if last is not None and len(last[0]) == rank:
+                gain = max(captured - float(last[0].sum()), 0.0)
+                crowded = is_crowded(theta.numpy(), rank, block)
+                enough = max(tolerance / CAUTION * left, 1e-14 * norm2)
+                estimate = to_come(gain, last[1], crowded=crowded)
+                if estimate <= enough:
+                    missed = hidden(theta[:rank].numpy(), last[0].numpy(), basis.seen(rank, sketch), crowded=crowded)
+                    estimate = max(estimate, missed)
+                if estimate <= enough:
                     if not basis.hides(rank, counted=counted):
                         return basis, rank, estimate
                     if not refreshed():
                         return whole(basis)
                     last = None
                     continue
-            last = (rank, captured, gain)
+            last = theta[:rank], gain
             if basis.width + block > rank + max(EXTRA_BLOCKS * block, EXTRA) and basis.width < short // 2:
                 basis.restart(rank + block)
                 continue
-        if not basis.step(onward=last is None or last[2] is None or last[2] > FAR * tolerance * left):
+        if not basis.step(onward=last is None or last[1] is None or last[1] > FAR * tolerance * left):
             if not refreshed():
                 return whole(basis)
             last = None
-    return basis, min(last[0] if last else basis.width, basis.width), estimate
+    return basis, len(last[0]) if last else basis.width, estimate

@@ -18,7 +18,7 @@ from loratools.linalg.precision import full_float32
 from loratools.linalg.products import Rounded
 from loratools.linalg.ranks.rules import Fixed, RankRule, Spectrum
 from loratools.linalg.svd import krylov
-from loratools.linalg.svd.basis import LEFT, MODERATE, block_of, is_exact
+from loratools.linalg.svd.basis import FINE, LEFT, MODERATE, OFF, block_of, is_exact
 from loratools.linalg.svd.certificate import energy_beyond, excess_bound
 
 # Below this share of ‖D‖² the residual is summed itself.
@@ -124,7 +124,7 @@ def truncated_svd(
     with full_float32():
         basis, rank, estimate, method, beyond = _basis(tall, scaled, wanted, tolerance, seed, low)
         left, sigma, right, error2 = _leading(tall, scaled, basis, rank)
-        unseen = _unseen(tall, scaled, basis, error2)
+        unseen = _unseen(tall, scaled, basis, rank, error2)
         unseen = unseen if beyond is None else min(unseen, max(error2 - beyond, 0.0))
         bound = excess_bound(basis, rank, scaled, probe=probe, seed=seed, unseen=unseen)
     U, Vh = (left, right.T) if m >= n else (right, left.T)
@@ -151,14 +151,27 @@ def _leading(D: Tensor, norm2: float, basis: krylov.Krylov, rank: int) -> tuple[
         left, right = (Y / sigma.to(Y.device)).to(D.dtype), V.to(D.dtype)
     if error2 < _CANCELLED * norm2:
         error2 = residual2(D, left.double() * sigma.to(left.device), right.T)
+    elif basis.width < D.shape[1]:
+        error2 += _miscounted(D, left, sigma, right, error2)
     return left, sigma, right, max(error2, 0.0)
 
 
-def _unseen(D: Tensor, norm2: float, basis: krylov.Krylov, error2: float) -> float:
-    """Return ‖D·(I - VVᵀ)‖_F²: as a difference of norms, or where they would cancel as it is."""
+def _miscounted(D: Tensor, left: Tensor, sigma: Tensor, right: Tensor, error2: float) -> float:
+    """Do what that of `usual.py` does: return what rounding in the products left out of an error that is `error2`."""
+    narrow = sum((X.double() ** 4).sum(0).sqrt().cpu() for X in (left, right))
+    chosen = OFF * torch.finfo(D.dtype).eps * sigma**2 * narrow > FINE * error2
+    if not chosen.any():
+        return 0.0
+    B, A = left[:, chosen].double() * sigma[chosen].to(left.device), right[:, chosen].double()
+    inner, square = (product64(D, A) * B).sum(), ((B.T @ B) * (A.T @ A)).sum()
+    return float(square - 2 * inner) + float((sigma[chosen] ** 2).sum())
+
+
+def _unseen(D: Tensor, norm2: float, basis: krylov.Krylov, rank: int, error2: float) -> float:
+    """Return ‖D·(I - VVᵀ)‖_F²: as a difference of sums, or where they would cancel as it is."""
     if basis.width >= D.shape[1]:
         return 0.0
-    unseen = norm2 - float(basis.spectrum().sum())
+    unseen = error2 - float(basis.spectrum()[rank:].sum())
     if error2 >= _CANCELLED * norm2:
         return max(unseen, 0.0)
     V = torch.linalg.qr(basis.V.double())[0]

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from loratools.linalg.native import delta
-from loratools.linalg.svd.basis import EPS, LEFT, MODERATE, Basis, Matrix, descending, is_exact
+from loratools.linalg.svd.basis import EPS, FINE, LEFT, MODERATE, OFF, Basis, Matrix, descending, is_exact
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -77,7 +78,7 @@ def _exact(D: Matrix, rank: int, norm2: float) -> Leading | None:
     """Return the rank-r part through DᵀD, in float64."""
     rows = np.ascontiguousarray(D.rows.T) if D.turned else D.rows
     theta, X = descending(delta.gram(rows, rows))
-    return _part(D.times, np.eye(len(theta), dtype=np.float32), theta, X, rank, norm2, 0.0, 0.0, len(theta))
+    return _part(D, D.times, np.eye(len(theta), dtype=np.float32), theta, X, rank, norm2, 0.0, 0.0, len(theta))
 
 
 def _iterated(
@@ -90,21 +91,21 @@ def _iterated(
         error2 = norm2 - float(theta.sum())
         unseen = max(error2 - basis.beyond(rank, lost2), 0.0)
         products = basis.products + rank
-        made = _part(lambda Z: delta.times(Y, Z), V, theta, X, rank, norm2, unseen, basis.estimate, products, True)
+        onto = partial(delta.times, Y)
+        made = _part(D, onto, V, theta, X, rank, norm2, unseen, basis.estimate, products, True)
         if made:
             return made
     basis = Basis.grown(D, rank, norm2, tolerance, seed)
     if basis is None:
         return None
-    theta, X = descending(basis.G)
+    theta, X = basis.leading()
     unseen = max(norm2 - float(theta.sum()), 0.0)
-    return _part(
-        lambda Z: delta.times(basis.Y, Z), basis.V, theta, X, rank, norm2, unseen, basis.estimate, basis.products
-    )
+    onto = partial(delta.times, basis.Y)
+    return _part(D, onto, basis.V, theta, X, rank, norm2, unseen, basis.estimate, basis.products)
 
 
 def _part(
-    onto: Any, V: Array, theta: Array, X: Array, rank: int, norm2: float, unseen: float, estimate: float,
+    D: Matrix, onto: Any, V: Array, theta: Array, X: Array, rank: int, norm2: float, unseen: float, estimate: float,
     products: int, rounded: bool = False,
 ) -> Leading | None:  # fmt: skip
     """Return the factors Y·X and V·X of the leading eigenvectors X of YᵀY, each with √σ; `onto` gives Y·Z.
@@ -117,5 +118,28 @@ def _part(
         return None
     S, X = np.sqrt(theta), X[:, :rank]
     B, A = onto((X / np.sqrt(S)).astype(np.float32)), delta.times(V, (X * np.sqrt(S)).astype(np.float32)).T
-    bound = min(unseen + EPS**2 * norm2, error2)
+    off2 = _miscounted(D, B, A, theta, error2)
+    error2 += off2
+    bound = min(max(unseen + off2, 0.0) + EPS**2 * norm2, error2)
     return Leading(B, A, S, norm2, error2, bound, min(estimate, error2), products, rounded)
+
+
+def _miscounted(D: Matrix, B: Array, A: Array, theta: Array, error2: float) -> float:
+    """Return what rounding in the products left out of ‖D − B·A‖² = `error2`, where that may be more than `FINE` of it.
+
+    Roundings of many numbers of one size cancel, those of one do not: of a direction u·vᵀ they leave √Σuᵢ⁴ + √Σvⱼ⁴.
+    For the directions B·A of which that matters it is ‖D‖² − 2⟨D, B·A⟩ + tr(BᵀB·AAᵀ), in float64, less ‖D‖² − Σθ.
+    """
+    some = int((2 * OFF * EPS * theta > FINE * error2).sum())  # θ is descending
+    if not some:
+        return 0.0
+    B, right = B[:, :some], A[:some].T
+    narrow = sum(np.sqrt((X**4).sum(0)) / (X * X).sum(0) for X in (B, right))
+    chosen = OFF * EPS * theta[:some] * narrow > FINE * error2
+    if not chosen.any():
+        return 0.0
+    B, right = np.ascontiguousarray(B[:, chosen]), np.ascontiguousarray(right[:, chosen])
+    first, last = (right, B) if D.turned else (B, right)
+    inner = float((delta.gram(D.rows, first) * last).sum())
+    square = float((delta.gram(B, B) * delta.gram(right, right)).sum())
+    return square - 2 * inner + float(theta[:some][chosen].sum())

@@ -77,6 +77,29 @@ def test_it_gives_the_same_bytes_again_and_others_for_another_seed() -> None:
     assert first.B.tobytes() != other.B.tobytes()
 
 
+@pytest.mark.parametrize("size", [1000, 5000])
+@pytest.mark.parametrize("where", ["number", "row", "column", "direction"])
+def test_the_error_is_true_where_one_direction_is_nearly_all(where: str, size: int) -> None:
+    """‖D‖² − Σθ is a small difference there, and roundings of the few numbers that matter do not cancel."""
+    generator = torch.Generator().manual_seed(size)
+    for m, n in ((640, 600), (600, 640)):
+        D = torch.randn(m, n, generator=generator, dtype=torch.float64)
+        if where == "number":
+            D[7, 11] += size
+        elif where == "direction":
+            D += size * with_spectrum(torch.ones(1, dtype=torch.float64), m, n, size)
+        else:
+            line = D[7] if where == "row" else D[:, 11]
+            line *= size / float(line.norm())
+        D = D.float()
+        for rank in (1, 16):
+            found, other = leading(D, rank, tolerance=6e-4), truncated_svd(D, rank, tolerance=6e-4)
+            assert found is not None
+            for error2, (B, A) in ((found.error2, (found.B, found.A)), (other.error2, other.factors())):
+                B, A = (torch.as_tensor(np.ascontiguousarray(factor)).double() for factor in (B, A))
+                assert error2 == pytest.approx(norm2_of(D.double() - B @ A), rel=5e-7)
+
+
 def low_rank(m: int, n: int) -> Tensor:
     return with_spectrum(torch.linspace(2, 1, 16, dtype=torch.float64), m, n)
 
