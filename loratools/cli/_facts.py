@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from loratools.cli import _show as show
+from loratools.errors import counted
 
 if TYPE_CHECKING:
     from loratools.dialects._frame.facts import Facts
@@ -15,6 +16,7 @@ _LONGEST = 300
 _MOST = 200
 """Entries that are shown."""
 _TAGS = 10
+_ON_BASE = "what they do depends on the base"
 
 
 def fact_lines(facts: Facts, *, base: bool = True) -> Iterator[tuple[str, str | None]]:
@@ -29,8 +31,9 @@ def fact_lines(facts: Facts, *, base: bool = True) -> Iterator[tuple[str, str | 
     yield "base as stated", _clip(_of_base(facts))
     yield "family", _clip(facts.family)
     yield "resolution", _clip(facts.resolution)
-    trained = ((facts.steps, "steps"), (facts.epochs, "epochs"), (facts.images, "images"))
-    yield "training", ", ".join(f"{show.exact(count)} {what}" for count, what in trained if count is not None) or None
+    trained = ((facts.steps, "step"), (facts.epochs, "epoch"), (facts.images, "image"))
+    counts = [f"{show.exact(count)} {what}{'' if count == 1 else 's'}" for count, what in trained if count is not None]
+    yield "training", ", ".join(counts) or None
     yield "learning rate", _clip(facts.learning_rate)
     yield "date", _clip(facts.date)
     yield "trained with", _clip(facts.trained_with)
@@ -53,7 +56,7 @@ def entry_lines(entries: Mapping[str, str]) -> Iterator[str]:
     if not entries:
         yield "no entries in the header"
         return
-    yield f"{len(entries)} entries in the header:"
+    yield f"{counted(len(entries), 'entry', 'entries')} in the header:"
     for key in sorted(entries)[:_MOST]:
         yield f"  {_clip(key)} = {show.entry(entries[key], _LONGEST)}"
     if len(entries) > _MOST:
@@ -67,3 +70,13 @@ def bounded(entries: Mapping[str, str]) -> dict[str, str]:
 
 def _clip(text: str | None) -> str | None:
     return show.clipped(text, _LONGEST) if text else None
+
+
+def why_apart(reasons: Iterable[str]) -> str:
+    """Return why adapters are compared by their parameters and not by what they change, in a few words.
+
+    >>> why_apart(["2 of its changes depend on the base model, such as q: DoRA"]), why_apart(["it changes no module"])
+    ('what they do depends on the base', 'it changes no module')
+    """
+    said = {_ON_BASE if "depend on the base model" in reason else reason for reason in reasons}
+    return said.pop() if len(said) == 1 else "reasons that --json lists"

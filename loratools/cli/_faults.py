@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import click
@@ -44,7 +45,17 @@ def fault_of(error: Exception) -> Fault:
     return Fault(kind, f"internal error: {kind}: {error}".rstrip(": "), (), hint)
 
 
+_NO_VALUE = {
+    r"is not a valid integer( range)?": "is no whole number",
+    r"is not a valid float( range)?": "is no number",
+    r"is not a valid boolean\. Recognized values: .*": "is neither yes nor no; write 1 or 0",
+}  # fmt: skip
+"""What click says of a value, in its own terms; and what is said here."""
+
+
 def sentence(text: str) -> str:
     """Return a text as the message of an error: on one line, its first letter small, without a full stop."""
     text = " ".join(text.split())
+    for theirs, ours in _NO_VALUE.items():
+        text = re.sub(theirs, ours, text)
     return text[:1].lower() + text[1:].rstrip(".")

@@ -94,6 +94,13 @@ def swept(context: click.Context, _: click.Parameter, value: Path | None) -> Pat
     return value
 
 
+def dialects_begun(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+    """Return the dialects that begin so, for the completion of a shell."""
+    from loratools import dialects
+
+    return [name for name in dialects.names() if name.startswith(begun)]
+
+
 class _Device(Words):
     """A device by its name; one of several GPUs has a number too (`cuda:1`)."""
 
@@ -137,7 +144,7 @@ class _Weight(click.ParamType[Any]):
 
 WEIGHT = _Weight()
 weight_option = option("-w", "--weight", "weights", type=WEIGHT, multiple=True, more="[default: 1 for each]")
-to_option = option("--to", type=str, more="[default: the adapter's, ours for PEFT's]")
+to_option = option("--to", type=str, shell_complete=dialects_begun, more="[default: the adapter's, ours for PEFT's]")
 factors_option = option("--dtype", type=FACTORS, more="[default: as the factors are stored]")
 threads_option = option(
     "--threads", type=click.IntRange(min=1), more="The result does not depend on it.  [default: one per core]"
@@ -146,7 +153,7 @@ workers_option = option("--workers", type=str, more="No byte depends on it.")
 part_option = option("--part", type=str)
 device_option = option("--device", type=_Device("loratools.options", "Device"), default="cpu", show_default=True)
 check_base_option = word_option("--check-base", "CheckBase", "strict")
-dialect_option = option("--dialect", type=str, more="[default: by its contents]")
+dialect_option = option("--dialect", type=str, shell_complete=dialects_begun, more="[default: by its contents]")
 alpha_option = option("--alpha", type=float)
 algorithm_option = option(
     "--algorithm", type=Words("loratools.storage.digest", "ALGORITHMS"), default="blake3", show_default=True

@@ -34,7 +34,7 @@ def run_recipe(
     depend on, and the digest of the output's own files are those that were written beside the output when it was made.
 
     Args:
-        recipe: A file of YAML with `inputs` and `steps`, or one of mergekit.
+        recipe: A file of YAML with `inputs` and `steps`, or one of mergekit; "-" is what is piped in.
         inputs: Where inputs of the recipe are, by their names; an input that the recipe names by digest must have it.
             Default: where the recipe says.
         search: A folder in which inputs that are nowhere else are found by their digests. Default: none.

@@ -60,6 +60,12 @@ class Talk:
                 self._known.add(text)
                 self._later(text)
 
+    def tell(self, *texts: str) -> None:
+        """Say what was done, line by line as it is: of two steps that did the same each says so. -q silences it."""
+        for text in () if self.quiet or self.json else texts:
+            self.release()
+            self._say(text)
+
     def warn(self, *texts: str) -> None:
         """Warn, of the same thing once: -q does not silence it, and with --json it is part of the document."""
         for text in texts:

@@ -10,6 +10,7 @@ import click
 
 from loratools.cli import _options as options
 from loratools.cli import _show as show
+from loratools.cli._facts import why_apart
 from loratools.cli._group import command as make
 from loratools.cli._pieces import fields_of
 from loratools.cli._talk import Talk, pass_talk
@@ -134,9 +135,9 @@ def _pairs(pairs: Pairs) -> Iterator[str]:
     yield from show.fields(
         ("adapters", str(count)),
         ("listed", f"the {pairs.most} nearest of each" if pairs.most else None),
-        ("exact", f"{counted(len(pairs.exact), 'pair')}, from {pairs.similar:g} on, by the factors"),
+        ("exact", f"{counted(len(pairs.exact), 'pair')}, by the factors: the nearest, from {pairs.similar:g} on"),
         ("others (~)", f"by sketches: a cosine c is off by (1 - c^2) {pairs.standard_error:.3f} (one standard error)"),
-        ("by parameters", f"{apart} left out: the base decides what they do" if apart else None),
+        ("by parameters", f"{apart} left out, for {why_apart(pairs.by_parameters.values())}" if apart else None),
         ("of another base", str(pairs.unselected) if pairs.unselected else None),
         ("no adapters", f"{pairs.others} models or other files" if pairs.others else None),
         ("not read", f"{len(pairs.failed)}, as warned" if pairs.failed else None),

@@ -30,7 +30,7 @@ def _renamed(name: str, file: bool, values: Mapping[str, Any]) -> str:
 @make(section="Change", each="adapter", renamed=_renamed)
 @click.argument("adapter", type=options.INPUT)
 @options.output_option
-@options.option("--to", type=str, default="loratools", show_default=True)
+@options.option("--to", type=str, shell_complete=options.dialects_begun, default="loratools", show_default=True)
 @options.option("--base", type=options.INPUT, more="Seal the adapter with its hash.")
 @options.option("--onto", type=options.INPUT)
 @options.option("--original", type=options.INPUT, more="With --onto; the scales are read from its norms.")

@@ -12,6 +12,7 @@ import click
 
 from loratools.cli import _options as options
 from loratools.cli import _show as show
+from loratools.cli._facts import why_apart
 from loratools.cli._group import command as make
 from loratools.cli._pieces import fields_of
 from loratools.cli._talk import Talk, pass_talk
@@ -66,11 +67,11 @@ def _lines(found: Findings) -> Iterator[str]:
         yield f"… and up to {found.unlisted} more pairs as near, not measured: each adapter was against the 8 nearest"
     if found.duplicates or found.near:
         yield ""
-    apart = sum(bool(adapter.by_parameters) for adapter in found.adapters)
+    apart = [adapter.by_parameters for adapter in found.adapters if adapter.by_parameters]
     yield from show.fields(
         ("adapters", f"{len(found.adapters)}, {show.size(sum(adapter.nbytes for adapter in found.adapters))}"),
         ("of another base", str(found.unselected) if found.unselected else None),
-        ("by parameters", f"{apart}, for what they do depends on the base" if apart else None),
+        ("by parameters", f"{len(apart)}, for {why_apart(apart)}" if apart else None),
         ("no adapters", f"{found.others} models or other files" if found.others else None),
         ("not read", f"{len(found.failed)}, as warned" if found.failed else None),
     )

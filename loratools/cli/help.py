@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -12,11 +16,42 @@ from loratools.cli._show import Report
 from loratools.cli._spelling import topics_like
 
 TOPICS = Path(__file__).with_name("topics")
+_WIDEST = 120  # columns of the topics as they are written
 _SHOWN = 4  # topics that have a word, those that have it most
 
 
+def flowed(lines: Sequence[str], width: int) -> Iterator[str]:
+    """Yield Markdown for a terminal of so many columns: paragraphs and lists flow, code and tables are as they stand.
+
+    >>> list(flowed(["- one two", "  three", "", "```", "a  long  line", "```"], 10))
+    ['- one two', '  three', '', '```', 'a  long  line', '```']
+    """
+    text: list[str] = []
+    code = False
+    for line in [*lines, ""]:
+        fence = line.startswith("```")
+        if text and (fence or not line or line.startswith(("#", "|", "- "))):
+            indent = "  " if text[0].startswith("- ") else ""
+            yield from textwrap.wrap(
+                " ".join(text), width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            )
+            text = []
+        code ^= fence
+        if code or fence or not line or line.startswith(("#", "|")):
+            yield line
+        else:
+            text.append(line.strip())
+
+
+def _completed(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+    """Return the topics and commands that begin so, for the completion of a shell."""
+    root = context.find_root()
+    commands = root.command.list_commands(root) if isinstance(root.command, click.Group) else []
+    return [name for name in (*sorted(path.stem for path in TOPICS.glob("*.md")), *commands) if name.startswith(begun)]
+
+
 @make(section="Learn")
-@click.argument("topic", required=False)
+@click.argument("topic", required=False, shell_complete=_completed)
 def command(topic: str | None) -> Report:
     """Explain a topic at length, or list the topics; of a command print its page.
 
@@ -37,7 +72,10 @@ def command(topic: str | None) -> Report:
         ]
         return Report({"topics": titles}, [*lines, *after])
     if topic in topics:
-        return Report({"topic": topic, "text": topics[topic]}, topics[topic].rstrip().split("\n"))
+        lines = topics[topic].rstrip().split("\n")
+        if sys.stdout is not None and sys.stdout.isatty():
+            lines = list(flowed(lines, min(shutil.get_terminal_size().columns, _WIDEST)))
+        return Report({"topic": topic, "text": topics[topic]}, lines)
     root = click.get_current_context().find_root()
     commands = root.command
     assert isinstance(commands, click.Group)

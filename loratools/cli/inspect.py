@@ -114,12 +114,12 @@ def _document(summary: AdapterSummary | CheckpointSummary, metadata: bool) -> di
 
 def _adapter_in_a_line(summary: AdapterSummary) -> str:
     kinds = " and ".join(sorted({group.kind for group in summary.groups}))
-    ranks = sorted({group.rank for group in summary.groups})
-    several = f" to {ranks[-1]}" if len(ranks) > 1 else ""
+    ranks = sorted({group.rank for group in summary.groups} - {0})  # LoKr of two whole factors has none
+    of_rank = f" of rank {ranks[0]}{f' to {ranks[-1]}' if len(ranks) > 1 else ''}" if ranks else ""
     base = summary.base
     parts = [
         summary.dialect,
-        f"{kinds} of rank {ranks[0]}{several}, {counted(len(summary.modules), 'module')}" if ranks else "no modules",
+        f"{kinds}{of_rank}, {counted(len(summary.modules), 'module')}" if kinds else "no modules",
         f"{counted(len(summary.replacements), 'tensor')} replaced whole" if summary.replacements else "",
         f"{show.size(summary.total.nbytes)} {' and '.join(summary.dtypes)}",
         f"base {(base.id if base else None) or 'not named'}{', sealed' if base and base.sealed else ''}",
@@ -152,8 +152,8 @@ def _adapter(summary: AdapterSummary, modules: bool, metadata: bool) -> Iterator
         *fact_lines(summary.facts, base=not summary.base),
     )
     for group in summary.groups:
-        yield ""
-        yield f"{group.kind}: rank {group.rank}, alpha {show.number(group.alpha)}, scaling {show.number(group.scaling)}"
+        rank = f"rank {group.rank}" if group.rank else "no rank"
+        yield from ("", f"{group.kind}: {rank}, alpha {show.number(group.alpha)}, scaling {show.number(group.scaling)}")
         yield from (f"  {target}" for target in group.targets)
     if summary.replacements:
         yield ""
@@ -168,7 +168,7 @@ def _adapter(summary: AdapterSummary, modules: bool, metadata: bool) -> Iterator
             ("module", "kind", "rank", "alpha", "scaling", "weight", "parameters"),
             [
                 (
-                    module.module, module.kind, str(module.rank), show.number(module.alpha),
+                    module.module, module.kind, str(module.rank or "none"), show.number(module.alpha),
                     show.number(module.scaling), " x ".join(map(str, module.shape)), show.exact(module.parameters),
                 )
                 for module in summary.modules

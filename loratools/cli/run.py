@@ -35,21 +35,22 @@ def command(
     A recipe is YAML with inputs (names for what exists) and steps (a command each, with the long names of its options
     as keys). Where an option takes an adapter or a model, the name of an input or of an earlier step stands for it. A
     step is made again if its options, the files of its inputs, its output, or the versions that bytes depend on are
-    not those noted beside its output. mergekit's YAML for adapters is read too. It takes loratools[run].
+    not those noted beside its output. mergekit's YAML for adapters is read too. RECIPE
+    can be -, for stdin. It takes loratools[run].
 
     \b
     Examples:
       loratools run recipe.yaml --dry-run
       loratools run recipe.yaml
       loratools run recipe.yaml --input style=other --folder restyled
+      loratools recipe merged | loratools run - --search . --folder again
     """
     from loratools.cli._recipes import run_recipe
 
     named = dict(_split(each) for each in inputs)
 
     def told(step: StepReport) -> None:
-        for line in _lines(step):
-            talk.note(line)
+        talk.tell(*_lines(step))
 
     report = run_recipe(
         recipe, inputs=named, search=search, folder=folder, dry_run=dry_run, force=force,

@@ -6,6 +6,7 @@ What is refused: more than `MAX_BYTES`, more than `MAX_NODES` values once aliase
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from loratools.errors import BadFile, MissingExtra, counted
 from loratools.storage.sources import open_file
 
 MAX_BYTES, MAX_NODES, MAX_DEPTH = 256_000, 20_000, 12
+STDIN = Path("-")
+"""Stands for what is piped in: its paths are from the folder that one is in."""
 
 _CORE = "tag:yaml.org,2002:"
 _KINDS = {"str": "text", "int": "number", "float": "number", "bool": "bool", "null": "null", "timestamp": "text",
@@ -64,12 +67,15 @@ def package() -> Any:
 
 
 def read(path: Path) -> tuple[Table, str]:
-    """Return the one mapping that a YAML file holds, and its text; raise `BadFile` for anything else."""
+    """Return the one mapping that a YAML file or stdin holds, and its text; raise `BadFile` for anything else."""
     yaml = package()
     if path.is_dir():
         raise BadFile(f"{path}: a folder; a recipe is a file of YAML")
-    with open_file(path) as file:
-        raw = file.read(MAX_BYTES + 1)
+    if path == STDIN:
+        raw = sys.stdin.buffer.read(MAX_BYTES + 1)
+    else:
+        with open_file(path) as file:
+            raw = file.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
         raise BadFile(f"{path}: larger than {MAX_BYTES} bytes; no recipe is")
     try:

@@ -96,5 +96,6 @@ th{font-weight:600;color:var(--soft)}
 _PRINT = """
 @media print{body{font-size:11pt;background:#fff}header{padding-top:0}section{margin-top:28pt}figure{break-inside:avoid}
 details{display:none}svg *{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
-@media (max-width:480px){header{padding-top:32px}h1{font-size:27px}.lead{font-size:17px}}
+@media (max-width:480px){table{font-size:12px}th{white-space:normal}th,td{padding-right:6px}td.name{min-width:3.8em}
+header{padding-top:32px}h1{font-size:27px}.lead{font-size:17px}}
 """

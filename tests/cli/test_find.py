@@ -31,3 +31,18 @@ def test_in_a_pipe_nothing_is_cut(
     monkeypatch.setenv("COLUMNS", "80")
     assert run(["find", str(tmp_path)]) == 0
     assert file in capsys.readouterr().out
+
+
+def test_why_adapters_are_compared_by_their_parameters_is_said_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    wrong = torch.ones(2, 8)
+    wrong[0, 0] = torch.nan
+    factors = {f"{name}.lora_down.weight": wrong, f"{name}.lora_up.weight": torch.ones(8, 2)}
+    save_file(factors, tmp_path / "wrong.safetensors")
+    for command in (["find"], ["compare", "--all"]):
+        assert run([*command, str(tmp_path)]) == 0
+        said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("by parameters"))
+        assert "NaN" in said
+        assert "base" not in said

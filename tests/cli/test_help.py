@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -19,6 +20,22 @@ def test_help_of_a_command_is_its_page_and_leads_to_its_topics(capsys: pytest.Ca
     assert "loratools help merging" in page
     assert run(["help", "quantised"]) == 2
     assert "; did you mean 'quantized'?" in capsys.readouterr().err
+
+
+def test_a_topic_flows_in_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert run(["help", "recipes"]) == 0
+    piped = capsys.readouterr().out
+    assert piped == (TOPICS / "recipes.md").read_text(encoding="utf-8")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert run(["help", "recipes"]) == 0
+    flowing = capsys.readouterr().out
+    assert flowing.split() == piped.split()
+    prose = re.sub(r"^```.*?^```$", "", flowing, flags=re.MULTILINE | re.DOTALL).splitlines()
+    assert max(len(line) for line in prose if not line.startswith("#")) <= 60
+    assert [line for line in flowing.splitlines() if line.startswith("  model: {")]
 
 
 def test_the_documents(capsys: pytest.CaptureFixture[str]) -> None:

@@ -357,6 +357,22 @@ def test_options_come_from_the_environment(
     assert json.loads(capsys.readouterr().out)["hash"].keys() == {"schema"}
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("LORATOOLS_THREADS", "two", "'two' is no whole number"),
+        ("LORATOOLS_ALPHA", "much", "'much' is no number"),
+        ("LORATOOLS_QUIET", "maybe", "'maybe' is neither yes nor no; write 1 or 0"),
+    ],
+)
+def test_a_value_is_said_to_be_wrong_in_plain_words(
+    variable: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert run(["merge", "base", "adapter", "-o", "merged"]) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("line", [["--json", "hash", "{base}"], ["hash", "{base}", "--json"]])
 def test_common_options_stand_before_or_after_the_command(
     line: list[str], prepared: Path, capsys: pytest.CaptureFixture[str]
@@ -451,6 +467,8 @@ def test_completion_completes_commands_and_options(prepared: Path, shell: Callab
     asked = 'COMP_WORDS="loratools {words}" COMP_CWORD={n} _LORATOOLS_COMPLETE=bash_complete loratools'
     assert shell(asked.format(words="ins", n=1), prepared).out == "plain,inspect\n"
     assert shell(asked.format(words="hash --ti", n=2), prepared).out == "plain,--tier\n"
+    assert shell(asked.format(words="help mer", n=2), prepared).out == "plain,merging\nplain,merge\n"
+    assert shell(asked.format(words="convert a --to koh", n=4), prepared).out == "plain,kohya\n"
 
 
 def test_python_dash_m_runs_it(prepared: Path) -> None:

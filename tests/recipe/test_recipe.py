@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -50,6 +51,24 @@ def states(report: RecipeReport) -> list[str]:
 
 def whys(report: RecipeReport) -> list[str]:
     return [step.why for step in report.steps]
+
+
+def test_steps_that_did_the_same_both_say_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = "{command: resize, adapter: sealed, rank: %d}"
+    Path("alike.yaml").write_text(f"steps:\n  a: {step % 1}\n  b: {step % 1}\n  layer-2: {step % 2}\n")
+    assert run(["run", "alike.yaml"]) == 0
+    told = capsys.readouterr().err
+    for fact, count in {"  rank  ": 3, "  error  ": 3, "  digest  ": 3, "more like this one": 0}.items():
+        assert told.count(fact) == count, fact
+
+
+def test_a_recipe_is_piped_in(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["combine", "sealed", "-w", "0.5", "-o", "half"]) == 0
+    capsys.readouterr()
+    assert run(["recipe", "half"]) == 0
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(capsys.readouterr().out.encode())))
+    assert run(["run", "-", "--search", ".", "--folder", "again"]) == 0
+    assert contents(here / "again" / "half") == contents(here / "half")
 
 
 def test_only_what_changed_is_made_again(here: Path) -> None:

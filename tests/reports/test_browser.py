@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 
@@ -64,6 +65,19 @@ def test_nothing_is_cut_or_covered(width: int, scheme: str, browser: Browser, pa
         browser.open(page, width, scheme)
         assert browser.value("document.querySelectorAll('svg').length") > 1
         assert browser.value(FAULTS) == [], page.stem
+
+
+@pytest.mark.parametrize("page", ["adapter", "merge", "folder"])
+def test_tables_of_short_names_are_whole_on_a_telephone(page: str, browser: Browser, tmp_path: Path) -> None:
+    copytree(DEMO / "adapter", tmp_path / "of" / "adapter.safetensors")
+    resize(DEMO / "adapter", tmp_path / "of" / "small", 2)
+    merge(DEMO / "base", DEMO / "adapter", tmp_path / "merged")
+    sources = {"adapter": [DEMO / "adapter"], "merge": [tmp_path / "merged", DEMO / "adapter"]}
+    base = DEMO / "base" if page == "merge" else None
+    report(sources.get(page, [tmp_path / "of"]), tmp_path / "page.html", base=base)
+    browser.open(tmp_path / "page.html", 390)
+    beyond = "[...document.querySelectorAll('.whole .scroll')].map(each => each.scrollWidth - each.clientWidth)"
+    assert max(browser.value(beyond)) <= 0
 
 
 def test_light_dark_and_paper_have_their_own_colours(browser: Browser, pages: dict[str, Path]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from loratools.errors import InvalidOption, OutputRefused
 from loratools.reports import report
@@ -183,3 +184,29 @@ def test_every_module_is_in_one_cell_whatever_the_names() -> None:
     assert len(grid.rows) == 8
     assert [grid.heading for grid in arranged(flux)] == ["single_transformer_blocks.*", "transformer_blocks.*"]
     assert arranged(cases["experts"])[0].columns == ("experts.*.up", "experts.*.down")
+
+
+def test_a_folder_says_what_is_not_in_its_picture(work: Path) -> None:
+    folder = work / "many"
+    weights = load_file(work / "adapter" / "adapter_model.safetensors")
+    for name, factor in {"a": 1.0, "b/z": 2.0, "c": 1.0, "n": torch.nan}.items():
+        changed = {key: each * factor if "lora_A" in key else each for key, each in weights.items()}
+        (folder / name).mkdir(parents=True)
+        save_file(changed, folder / name / "adapter_model.safetensors")
+        shutil.copy(work / "adapter" / "adapter_config.json", folder / name)
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    save_file({f"{name}.lokr_w1": torch.ones(2, 2), f"{name}.lokr_w2": torch.ones(4, 4)}, folder / "z.safetensors")
+    report(folder, work / "page.html")
+    text = text_of(work / "page.html")
+    assert "Not in the picture: 1 duplicate, 1 without a cosine, as find says why." in text
+    listed = text[text.index("What each is") :]
+    places = [listed.index(f"<bdi>{name}</bdi>") for name in ("a", "b/z", "c", "n", "z.safetensors")]
+    assert places == sorted(places)
+    assert 'right">none<' in listed
+
+
+def test_the_whole_rank_leaves_no_error(work: Path) -> None:
+    report(work / "adapter", work / "page.html")
+    text = text_of(work / "page.html")
+    rows = text[text.index("… in numbers") :]
+    assert re.search(r'right">4</td><td class="right">100 %</td><td class="right">0</td>', rows)

@@ -131,6 +131,9 @@ def test_what_the_header_of_a_bare_file_says(tmp_path: Path, capsys: pytest.Capt
         assert "entries" not in document
     assert run(["inspect", "--metadata", str(tmp_path / "bare.safetensors")]) == 0
     assert "\nno entries in the header\n" in capsys.readouterr().out
+    save_file({"w": torch.zeros(2, 3)}, tmp_path / "one.safetensors", metadata={"a": "b"})
+    assert run(["inspect", "--metadata", str(tmp_path / "one.safetensors")]) == 0
+    assert "\n1 entry in the header:\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def summary_of(adapter: Adapter, name: str) -> AdapterSummary:
 
 def facts(summary: AdapterSummary) -> Iterator[tuple[str, str]]:
     """Yield the facts of an adapter."""
-    ranks = sorted({group.rank for group in summary.groups})
+    ranks = sorted({group.rank for group in summary.groups} - {0})
     yield "modules", whole(len(summary.modules))
     yield "rank", spread([float(rank) for rank in ranks]) if ranks else "none"
     yield "alpha", spread(sorted({group.alpha for group in summary.groups})) or "none"
@@ -86,7 +86,7 @@ def made_by(steps: tuple[Step, ...]) -> str:
 def targets(summary: AdapterSummary) -> Section:
     """Return the section of which modules have which rank."""
     rows = [
-        (target, group.kind, whole(group.rank), number(group.alpha), number(group.scaling))
+        (target, group.kind, whole(group.rank) if group.rank else "none", number(group.alpha), number(group.scaling))
         for group in summary.groups
         for target in group.targets
     ]

@@ -37,7 +37,7 @@ def phi(value: float) -> str:
 
 def signed(value: float) -> str:
     """Return a cosine with its sign."""
-    return f"{value:+.3f}".replace("-", "−")
+    return f"{value:+.3f}".replace("-", "−").replace("−0.000", "0.000").replace("+0.000", "0.000")
 
 
 def overlap(found: Comparison) -> str:

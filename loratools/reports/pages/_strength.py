@@ -148,7 +148,7 @@ def _smaller(measured: AdapterSpectrum) -> Section:
         [Line("", kept)], low=0.0, high=1.0, show=lambda share: f"{share * 100:.3g} %",
     )  # fmt: skip
     rows = [
-        [whole(rank), percent(measured.kept(rank)), number(math.sqrt(max(0.0, 1 - measured.kept(rank)))),
+        [whole(rank), percent(measured.kept(rank)), number(_lost(measured, rank)),
          whole(sum(min(rank, module.true_rank) * sum(module.shape) for module in measured.modules))]
         for rank in few_ranks(most)
     ]  # fmt: skip
@@ -169,6 +169,12 @@ def _smaller(measured: AdapterSpectrum) -> Section:
         "The error is ‖ΔW − ΔWᵣ‖ / ‖ΔW‖, the least that a change of rank r can have.",
     )  # fmt: skip
     return Section("What a smaller rank would keep", f"{needs}.", [figure, table])
+
+
+def _lost(measured: AdapterSpectrum, rank: int) -> float:
+    """Return ‖ΔW − ΔWᵣ‖/‖ΔW‖ of the best changes of a rank, by what they leave out: 0 where that is nothing."""
+    lost = math.fsum(value * value for module in measured.modules for value in module.sigma[rank:])
+    return math.sqrt(lost) / measured.norm if measured.norm else 0.0
 
 
 def _unmeasured(reasons: Mapping[str, str], measured: AdapterSpectrum) -> Section:

@@ -81,10 +81,23 @@ def _resemblance(chosen: Sequence[FoundAdapter], cosines: Cosines, found: Findin
     left = len(found.adapters) - len(chosen)
     text = (
         "The cosine of two whole adapters: 1 where both change the model the same way, 0 where they have nothing in "
-        "common." + (f" Not in the picture: {plural(left, 'adapter')}: duplicates, those of which only the base "
-                     f"tells what they do, and what is beyond {_COMPARED}." if left else "")
+        "common." + (f" Not in the picture: {_why_left(found, chosen)}." if left else "")
     )  # fmt: skip
     yield Section("Who resembles whom", text, [matrix([each.path for each in chosen], cosines)])
+
+
+def _why_left(found: Findings, chosen: Sequence[FoundAdapter]) -> str:
+    """Return why adapters are not in the picture, as far as any are for that."""
+    copies = sum(len(group.paths) - 1 for group in found.duplicates if not group.by_parameters)
+    apart = sum(bool(each.by_parameters) for each in found.adapters)
+    beyond = len(found.adapters) - len(chosen) - copies - apart
+    return ", ".join(
+        [
+            *([plural(copies, "duplicate")] if copies else []),
+            *([f"{whole(apart)} without a cosine, as find says why"] if apart else []),
+            *([f"{whole(beyond)} beyond {_COMPARED}"] if beyond else []),
+        ]
+    )
 
 
 def _same(found: Findings) -> Iterator[Section]:
@@ -112,7 +125,7 @@ def _listed(found: Findings) -> Section:
     rows = [
         [each.path, public(each.base) if each.base else "not named", ", ".join(each.kinds) or "whole tensors",
          _ranks(each.ranks), whole(each.modules), size(each.nbytes)]
-        for each in found.adapters
+        for each in sorted(found.adapters, key=lambda each: each.path)
     ]  # fmt: skip
     headings = ["adapter", "base model", "kind", "rank", "modules", "size"]
     return Section("What each is", "All adapters of the folder, by name.", table=Table(headings, _few(rows), 3))
@@ -126,7 +139,8 @@ def _failed(found: Findings) -> Iterator[Section]:
 
 
 def _ranks(ranks: tuple[int, int]) -> str:
-    return str(ranks[0]) if ranks[0] == ranks[1] else f"{ranks[0]} to {ranks[1]}"
+    least, most = ranks
+    return "none" if not most else str(most) if least == most else f"{least} to {most}"
 
 
 def _few(rows: list[list[str]]) -> list[list[str]]:

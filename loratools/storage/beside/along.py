@@ -50,6 +50,11 @@ def may_come(path: PurePath | str) -> bool:
     return known or (not suffix and re.fullmatch(_BARE, name, re.IGNORECASE) is not None) or is_legal(name)
 
 
+def is_training(path: PurePath) -> bool:
+    """Tell whether a file is state of a training run, by its name or by a folder that it is in."""
+    return is_of_training(path.name) or any(_FOLDERS.fullmatch(part) for part in path.parts[:-1])
+
+
 def is_legal(name: str) -> bool:
     """Tell whether a file is a licence or a notice."""
     return re.match(_LEGAL, name, re.IGNORECASE) is not None

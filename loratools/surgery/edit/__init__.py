@@ -10,24 +10,27 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from os import fspath
 from pathlib import Path
 
 from loratools import dialects
-from loratools.decisions import decided
+from loratools.decisions import decided, warned
 from loratools.dialects._frame.facts import Facts, facts_of
 from loratools.dialects._frame.listing import Listing
 from loratools.dialects._frame.places import Fact, table_of
 from loratools.errors import BadFile, InvalidOption, LoraToolsError, OutputRefused
 from loratools.storage import atomic
-from loratools.storage.beside import making
+from loratools.storage.beside import along, making
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.rewrite import How, NewHeader, editing, finish
 from loratools.storage.rewrite.header import write_copy
-from loratools.storage.sources import Location, is_reference, session
+from loratools.storage.sources import Location, as_path, is_reference, session
 from loratools.surgery.edit.changing import Change, Wanted, changed
 from loratools.surgery.edit.documents import Documents, place_of
+
+_STATE = "state of a training run, which can hold paths, names and tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,8 @@ def edit(
         entries: Any entries of the header, name -> value.
         unset: Names of header entries to take out, or globs such as `"ss_*"`. What decides the result stays.
         strip: Whether to take out what is private: local paths, names of people, machines and dataset folders, prompts,
-            captions, comments, mail addresses, session ids. Default: no.
+            captions, comments, mail addresses, session ids. State of a training run (training_args.bin,
+            checkpoint-100/) is not taken along into an output. Default: no.
         dialect: The dialect to read it as (`loratools.list_dialects()`). Default: by its contents.
         force: Whether to replace an output that exists. Default: no.
         dry_run: Whether to write nothing and return what would be changed. Default: no.
@@ -127,17 +131,22 @@ def edit(
             raise InvalidOption(f"{adapter} lies on the Hub", hint=hint)
         raise InvalidOption(f"{adapter} lies in a store", hint="Write the edited one elsewhere with -o.")
     if not is_reference(adapter):
-        _recover(Path(adapter))
+        _recover(as_path(adapter))
     listing, name, documents = _open(adapter, dialect)
     if not in_place:
-        changes = changed(documents, name, wanted)
+        left = _of_training(listing) if strip and target is not None else ()
+        changes = (*changed(documents, name, wanted), *left)
         if target is not None and not dry_run:
-            _write_new(listing, documents, target, force)
+            _write_new(listing, documents, target, force, {change.where for change in left})
         return _edit(adapter, target, name, documents, changes, {}, dry_run)
     with editing(place_of(documents)) as holding:
         changes = changed(documents, name, wanted)
         files = documents.changes()
         how = holding.commit(files) if files else {}
+    if strip and (beside := [change.where for change in _of_training(listing)]):
+        warned(
+            "%s: %s: %s, stays here; with an output, and by push, it is left out", adapter, ", ".join(beside), _STATE
+        )
     return _edit(adapter, None, name, documents, changes, how, False)
 
 
@@ -182,8 +191,25 @@ def _edit(
     )
 
 
-def _write_new(listing: Listing, documents: Documents, target: Path, force: bool) -> None:
-    """Write the edited file or folder anew; what is not edited is copied."""
+def _of_training(listing: Listing) -> tuple[Change, ...]:
+    """Return what a training run left beside an adapter, as what `strip` takes out."""
+    if listing.single:
+        return ()
+    found = [path for path in _files_in(listing.folder) if along.is_training(path.relative_to(listing.folder))]
+    return tuple(
+        Change(path.relative_to(listing.folder).as_posix(), "file", f"{path.stat().st_size} bytes", None, _STATE)
+        for path in found
+    )
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return the files below a folder but those that are hidden, in the order of their names."""
+    every = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in every if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def _write_new(listing: Listing, documents: Documents, target: Path, force: bool, left: AbstractSet[str]) -> None:
+    """Write the edited file or folder anew; what is not edited is copied, but for the files that are left out."""
     atomic.refuse_inputs(target, [listing.path])
     files = documents.changes(making.entry())
     if listing.single:
@@ -197,9 +223,9 @@ def _write_new(listing: Listing, documents: Documents, target: Path, force: bool
     if target.suffix in (".safetensors", ".bin"):
         raise OutputRefused(f"{target}: {listing.path} is a folder, and so is the output")
     with atomic.new_folder(target, force=force) as folder:
-        for source in sorted(listing.folder.rglob("*")):
+        for source in _files_in(listing.folder):
             name = source.relative_to(listing.folder)
-            if any(part.startswith(".") for part in name.parts) or not source.is_file():
+            if name.as_posix() in left:
                 continue
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             _put(source, files.get(str(name)), folder / name)

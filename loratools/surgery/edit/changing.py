@@ -225,4 +225,4 @@ def _text(value: Any) -> str:
 
 
 def _shown(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else str(value)
+    return None if value is None else _text(value)

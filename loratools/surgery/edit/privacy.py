@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loratools.storage.beside.paths import without_paths
+from loratools.storage.beside.paths import last_part, without_paths
 from loratools.surgery.edit.pictures import bare_uri
 
 _WHOLE: Mapping[str, str] = {
@@ -48,6 +48,7 @@ DECISIVE_FIELDS = frozenset({
 """Fields of configs and manifests that say what the tensors are; some are patterns, and look like paths."""
 
 _MAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){0,8}\.[A-Za-z]{2,24}\b")
+_STORE = re.compile(r"\b(?:s3a?|gs|gcs|az|abfss?|wasbs?|oss|hdfs|r2)://[^\s\"'<>|`;,)(\]\[}{]+")
 _HOME = re.compile(r"(?:/home/|/Users/|[A-Za-z]:\\Users\\|[A-Za-z]:/Users/)([^/\\\s\"':;,]+)")
 _NOBODY = frozenset(
     {"root", "user", "users", "ubuntu", "admin", "runner", "public", "default", "shared", "name", "app"}
@@ -142,6 +143,9 @@ def _scrubbed(text: str, names: frozenset[str], reasons: list[str]) -> str:
         reasons.append("a mail address" if "@" in match[0] else "a name")
         return ""
 
+    if (public := _STORE.sub(lambda match: last_part(match[0].partition("://")[2]), text)) != text:
+        reasons.append("the address of a store")
+        text = public
     if (public := without_paths(text)) != text:
         reasons.append("a local path")
         text = public

@@ -64,8 +64,8 @@ def write_companions(plan: MergePlan, beside: Companions, record: Mapping[str, A
 def card(text: str, record: Mapping[str, Any]) -> str:
     """Return a model card with a section on this merge; a person's own text stays as it is."""
     rows = "\n".join(
-        f"| {_named(adapter)} | {adapter['kinds']} | {adapter['ranks']} | {_weight(adapter)} | `{adapter['digest']}` |"
-        for adapter in record["adapters"]
+        f"| {_named(each, i)} | {each['kinds']} | {each['ranks']} | {_weight(each)} | `{each['digest']}` |"
+        for i, each in enumerate(record["adapters"], 1)
     )
     base = record["base"]
     identity = base.get("id")
@@ -100,10 +100,13 @@ def card(text: str, record: Mapping[str, Any]) -> str:
     return f"{own or alone}\n\n{section}"
 
 
-def _named(entry: Mapping[str, Any]) -> str:
-    """Return the name of an adapter or a base in a record, and its commit where it is one of the Hub."""
+def _named(entry: Mapping[str, Any], number: int = 0) -> str:
+    """Return the name of an adapter or a base in a record, and its commit where it is one of the Hub.
+
+    Records hold no name of a folder, which is another where they are made again: without an id it has its `number`.
+    """
     at = f" at {code(str(entry['revision']))}" if entry.get("revision") else ""
-    return code(str(entry.get("id") or "adapter")) + at
+    return (code(str(entry["id"])) if entry.get("id") else f"adapter {number}") + at
 
 
 def _words(record: Mapping[str, Any]) -> str:

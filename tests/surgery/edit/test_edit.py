@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-from loratools import dialects, edit
+from loratools import convert, dialects, edit
 from loratools.cli._run import run
 from loratools.decisions import warnings_to
 from loratools.errors import BadFile, InvalidOption, LoraToolsError, OutputRefused
@@ -187,6 +187,43 @@ def test_strip_cleans_config_and_card(tmp_path: Path) -> None:
         ("adapter_config.json", "base_model_name_or_path"), ("README.md", "base_model"), ("README.md", "tags"),
         ("README.md", "text"),
     }  # fmt: skip
+
+
+def test_strip_leaves_out_what_a_run_left(tmp_path: Path) -> None:
+    folder = peft_folder(tmp_path / "a", base_model_name_or_path="org/base")
+    (folder / "checkpoint-7").mkdir()
+    left = ("training_args.bin", "trainer_state.json", "checkpoint-7/model.safetensors")
+    for name in left:
+        (folder / name).write_bytes(b"/home/johndoe")
+    told: list[str] = []
+    with warnings_to(told.append):
+        edit(folder, strip=True)
+    assert all(name in told[0] for name in left)
+    assert all((folder / name).is_file() for name in left)
+    done = edit(folder, tmp_path / "public", strip=True)
+    assert {change.where for change in done.changes} == set(left)
+    edit(folder, tmp_path / "whole", title="T")
+    for name in left:
+        assert (tmp_path / "whole" / name).is_file()
+        assert not (tmp_path / "public" / name).exists()
+
+
+def test_strip_takes_out_where_a_store_is(tmp_path: Path) -> None:
+    path = kohya(tmp_path / "a.safetensors", {"ss_base": "s3://johns-bucket/run/sd.safetensors, https://hub.org/a"})
+    edit(path, strip=True)
+    assert said(path)["ss_base"] == "sd.safetensors, https://hub.org/a"
+
+
+def test_a_field_of_the_manifest_is_told_alone(tmp_path: Path) -> None:
+    edit(peft_folder(tmp_path / "a", base_model_name_or_path="org/base"), tmp_path / "b", title="T")
+    convert(tmp_path / "b", tmp_path / "sealed")
+    told = {(each.where, each.key): (each.old, each.new) for each in edit(tmp_path / "sealed", base="org/b").changes}
+    assert told["manifest", "base_model.id"] == ("org/base", "org/b")
+
+
+def test_what_lies_in_memory_has_no_files_to_edit() -> None:
+    with pytest.raises(InvalidOption, match="expected a path"):
+        edit({"a": torch.zeros(1)}, title="T")  # type: ignore[arg-type]
 
 
 def test_what_decides_the_result_stays(tmp_path: Path) -> None:

@@ -182,6 +182,13 @@ def test_the_card_gains_one_section(place: Path) -> None:
     assert (place / "new" / "README.md").read_text().startswith("---\nlibrary_name: transformers")
 
 
+def test_the_card_tells_adapters_without_a_name_apart(place: Path) -> None:
+    save_adapter(place / "other", lora({"a": (64, 48)}, rank=7, seed=9))
+    merge(place / "base", [place / "adapter", place / "other"], place / "out")
+    card = (place / "out" / "README.md").read_text()
+    assert [row for row in ("| adapter 1 |", "| adapter 2 |") if row in card] == ["| adapter 1 |", "| adapter 2 |"]
+
+
 def test_untied_head_in_shards(place: Path) -> None:
     """A new tensor: index, sizes and config follow it."""
     weights = {"model.embed_tokens.weight": random(64, 48, dtype=torch.bfloat16), "a.weight": WEIGHTS["a.weight"]}
