@@ -36,14 +36,13 @@ def command(
     as keys). Where an option takes an adapter or a model, the name of an input or of an earlier step stands for it. A
     step is made again if its options, the files of its inputs, its output, or the versions that bytes depend on are
     not those noted beside its output. mergekit's YAML for adapters is read too. RECIPE
-    can be -, for stdin. It takes loratools[run].
+    can be -, for what is piped in, as `loratools recipe OUTPUT` prints it. It takes loratools[run].
 
     \b
     Examples:
       loratools run recipe.yaml --dry-run
       loratools run recipe.yaml
       loratools run recipe.yaml --input style=other --folder restyled
-      loratools recipe merged | loratools run - --search . --folder again
     """
     from loratools.cli._recipes import run_recipe
 

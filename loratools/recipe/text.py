@@ -72,7 +72,7 @@ def read(path: Path) -> tuple[Table, str]:
     if path.is_dir():
         raise BadFile(f"{path}: a folder; a recipe is a file of YAML")
     if path == STDIN:
-        raw = sys.stdin.buffer.read(MAX_BYTES + 1)
+        raw, path = sys.stdin.buffer.read(MAX_BYTES + 1), Path("stdin")
     else:
         with open_file(path) as file:
             raw = file.read(MAX_BYTES + 1)
