@@ -42,9 +42,14 @@ def unit_squares(raw: bytes | bytearray, dtype: str) -> float:
 
     stored, eps, smallest = UNITS[dtype]
     numbers = np.frombuffer(raw, stored)
-    bits = numbers.astype("<u4") << 16 if dtype == "BF16" else numbers.astype("<f4").view("<u4")
-    units = np.maximum((bits & 0x7F800000).view("<f4"), np.float32(smallest)).astype(float) * eps
-    return float(units @ units)
+    if dtype == "BF16":  # of which there are 256 kinds
+        counts = np.bincount(numbers >> 7 & 0xFF, minlength=256)
+        bits = np.flatnonzero(counts).astype("<u4") << 23
+        counts = counts[counts > 0]
+    else:
+        bits, counts = numbers.astype("<f4").view("<u4") & 0x7F800000, None
+    units = np.maximum(bits.view("<f4"), np.float32(smallest)).astype(float) * eps
+    return float(units @ units if counts is None else counts @ units**2)
 
 
 def rounding_edge(W: Tensor, dtype: torch.dtype) -> float:

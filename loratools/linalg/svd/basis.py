@@ -132,7 +132,8 @@ class Basis:
         while new is not None and basis.width + block <= most:
             basis.append(new, onward=onward)
             if basis.width >= rank + block:
-                theta = np.linalg.eigvalsh(basis.G)[::-1]
+                # Where this may be the last step the vectors are asked for next.
+                theta = np.linalg.eigvalsh(basis.G)[::-1] if onward else basis.leading()[0]
                 if theta[-1] <= (COARSE * norm2 / n if rough else (4 * EPS) ** 2 * theta[0]):
                     return None
                 captured = float(theta[:rank].sum())

@@ -91,7 +91,7 @@ def assemble(
     weights = {name: identity.weights[name] for name in touched if name in identity.weights}
     identity = replace(identity, tensors={name: identity.tensors[name] for name in stored}, weights=weights)
     layers = [tensor.layer for tensor in factored if tensor.layer]
-    if any(_main(tensor, base) for tensor in whole):  # one weight of several names, which PEFT saves under each
+    if _has_main(whole, base):  # one weight of several names, which PEFT saves under each
         one = {tensor.pair.name: kept[tensor.path] for tensor in whole}
         kept |= {path: one.get(name) or LazyTensor.stored(tuned.specs[name]) for path, name in pairing.shared.items()}
     step = _step(layers, outcomes, pairing, options, identity, tuned_root)
@@ -148,9 +148,10 @@ def _with_siblings(outcomes: list[Outcome]) -> list[Outcome]:
     return [replace(each, outcome="whole", why="comes with its module") if along(each) else each for each in outcomes]
 
 
-def _main(tensor: Outcome, base: Checkpoint) -> bool:
-    """Tell whether this is the embedding that the head is tied to."""
-    return tensor.pair.base is not None and tensor.pair.base == ties_of(base.specs, base.config).embedding
+def _has_main(tensors: Iterable[Outcome], base: Checkpoint) -> bool:
+    """Tell whether one of these is the embedding that the head is tied to."""
+    embedding = ties_of(base.specs, base.config).embedding
+    return embedding is not None and any(tensor.pair.base == embedding for tensor in tensors)
 
 
 def _settings(
@@ -171,7 +172,7 @@ def _settings(
     if any(tensor.pair.transposed and tensor.pair.kind == "linear" for tensor in factored):
         settings["fan_in_fan_out"] = True
     # Of embeddings that encoder and decoder share, PEFT would make the wrong ones one; each is saved, and so the same.
-    if len(pairing.shared) == 1 and any(_main(tensor, base) for tensor in (*factored, *whole)):
+    if len(pairing.shared) == 1 and _has_main((*factored, *whole), base):
         settings["ensure_weight_tying"] = True
     short = {path.rpartition(".")[2] for path in paths}
     modules = {".".join(parts[:i]) for name in base.specs for parts in [name.split(".")] for i in range(1, len(parts))}
