@@ -123,7 +123,7 @@ def _numbers(lazy: LazyTensor) -> Array:
     if known is None or lazy.dtype not in _FLOATS:
         numbers: Array = lazy.load().double().numpy()
         return numbers
-    return _of_bits(np.frombuffer(known, floats.unsigned(lazy.dtype)).reshape(lazy.shape), lazy.dtype)
+    return floats.numbers(np.frombuffer(known, floats.unsigned(lazy.dtype)).reshape(lazy.shape), lazy.dtype)
 
 
 def _stack(lazies: Sequence[LazyTensor]) -> Array:
@@ -147,12 +147,4 @@ def _stack(lazies: Sequence[LazyTensor]) -> Array:
             for spec in run:
                 files.read_into(source, into[start : start + spec.nbytes], spec.start, path)
                 start += spec.nbytes
-    return _of_bits(bits, dtype)
-
-
-def _of_bits(bits: Array, dtype: str) -> Array:
-    import numpy as np
-
-    from loratools.storage.codecs import floats
-
-    return bits.view(f"<f{bits.itemsize}") if dtype in ("F32", "F64") else floats.widen(bits, dtype, np.float32)
+    return floats.numbers(bits, dtype)

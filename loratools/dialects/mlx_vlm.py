@@ -36,7 +36,8 @@ def detect(listing: Listing) -> Evidence | None:
     """Look for matrices A and B of linear layers in the header, and for `rank` in the config."""
     name = _file(listing)
     header = listing.header(name) if name else None
-    matches = [match for tensor in header.tensors if (match := re.fullmatch(_NAME, tensor))] if header else []
+    named = [tensor for tensor in header.tensors if tensor.endswith((".A", ".B"))] if header else []
+    matches = [match for tensor in named if (match := re.fullmatch(_NAME, tensor))]
     modules = {part: {match[1] for match in matches if match[2] == part} for part in "AB"}
     if not modules["A"] & modules["B"]:
         return None

@@ -30,8 +30,9 @@ PARTS: dict[str, str] = {
 """Every part that PEFT writes for LoRA, in one table."""
 
 _MARKS = "|".join(sorted(re.escape(part.partition(".")[0]) for part in PARTS if not part.startswith("lora_")))
-# Where a part begins: a segment that is one of these, or that begins so.
-_PART = re.compile(rf"(?:^|\.)(?=lora_|(?:{_MARKS})(?:\.|\Z))")
+# A part begins with a segment that is one of these, or that begins so.
+_BEGINS = rf"lora_|(?:{_MARKS})(?:\.|\Z)"
+_PART, _BEHIND_DOT = re.compile(_BEGINS), re.compile(rf"\.(?={_BEGINS})")
 
 
 @lru_cache(maxsize=1 << 16)  # the next adapter has the same names
@@ -51,10 +52,10 @@ def split(name: str) -> tuple[str, str] | None:
     path = name[len(PREFIX) :]
     if not path or ".." in path or path[0] == "." or path[-1] == ".":
         return None
-    begin = _PART.search(path)
-    if begin is None:
-        return path, ""
-    return (path[: begin.start()], path[begin.end() :]) if begin.start() else None
+    if _PART.match(path):
+        return None
+    dot = _BEHIND_DOT.search(path)
+    return (path[: dot.start()], path[dot.end() :]) if dot else (path, "")
 
 
 def join(module: str, part: str = "") -> str:

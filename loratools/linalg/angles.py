@@ -37,7 +37,10 @@ def principal(V1: Array, V2: Array) -> Array:
     small, large = sorted((V1, V2), key=lambda V: V.shape[1])
     within = small @ large.transpose(0, 2, 1)
     cosines = np.clip(np.linalg.svd(within, compute_uv=False), 0.0, 1.0)
-    outside = np.linalg.svd(small - within @ large, compute_uv=False)[:, : cosines.shape[1]]
-    sines = np.clip(outside[:, ::-1], 0.0, 1.0)
-    found: Array = np.where(np.square(cosines) > 0.5, np.arcsin(sines), np.arccos(cosines))
+    found: Array = np.arccos(cosines)
+    close = np.square(cosines) > 0.5
+    if (which := close.any(1)).any():  # unrelated subspaces have no such angle, and the SVD of long rows takes longest
+        outside = np.linalg.svd(small[which] - within[which] @ large[which], compute_uv=False)[:, : cosines.shape[1]]
+        sines = np.clip(outside[:, ::-1], 0.0, 1.0)
+        found[which] = np.where(close[which], np.arcsin(sines), found[which])
     return found

@@ -69,7 +69,8 @@ def side_by_side(terms: Sequence[tuple[Array, Array, Array]]) -> tuple[Array, Ar
         raise ValueError(f"updates of one matrix must have its shape, but these differ: {shapes}")
     ranks = [B.shape[-1] for _, B, _ in terms]
     (n, out), columns = terms[0][1].shape[:2], terms[0][2].shape[-1]
-    left, right = np.empty((n, out, sum(ranks))), np.empty((n, sum(ranks), columns))
+    left = np.empty((n, sum(ranks), out)).transpose(0, 2, 1)  # of each term the columns lie together
+    right = np.empty((n, sum(ranks), columns))
     start = 0
     for (c, B, A), r in zip(terms, ranks, strict=True):
         if A.shape[-2] != r:

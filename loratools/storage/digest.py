@@ -31,7 +31,7 @@ class Hasher(Protocol):
     def update(self, data: Any, /) -> Any: ...
     def digest(self) -> bytes: ...
     def hexdigest(self) -> str: ...
-    def copy(self) -> Any: ...
+    def copy(self) -> Hasher: ...
 
 
 def new(algorithm: str = DEFAULT) -> Hasher:
@@ -63,8 +63,13 @@ def algorithm_of(digest: str) -> str:
 
 def start_tensor(dtype: str, shape: Iterable[int], algorithm: str = DEFAULT) -> Hasher:
     """Return a hasher that has taken in a tensor's dtype and shape; its data come next."""
+    return _begun(dtype, tuple(shape), algorithm).copy()
+
+
+@lru_cache(maxsize=1024)  # the layers of a model have the same shapes
+def _begun(dtype: str, shape: tuple[int, ...], algorithm: str) -> Hasher:
     hasher = new(algorithm)
-    hasher.update(b"loratools.tensor.v1\0" + _signature(dtype, tuple(shape)))
+    hasher.update(b"loratools.tensor.v1\0" + _signature(dtype, shape))
     return hasher
 
 

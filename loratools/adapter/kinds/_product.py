@@ -129,7 +129,7 @@ class TwoFactors(LowRank):
             left, right = (lazy.map(lambda tensor: tensor.T, lazy.shape[::-1]) for lazy in (right, left))
         A = right.reshaped((rank, *self.A.shape[1:]))
         B = left.reshaped((left.shape[0], rank, *self.B.shape[2:]))
-        return replace(self, A=A, B=B, bias=bias, scaling=1.0, alpha=float(rank))
+        return type(self)(A, B, 1.0, float(rank), bias)
 
     def weighted(self, weight: float) -> Self:
         """Return the update with the scaling times the weight."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Collection, Iterable
+from functools import cache, lru_cache
 
 REMEMBERED = 1 << 16
 """Names of which the last answers are kept: they are asked about often, and the next adapter has the same.
@@ -31,13 +31,16 @@ def compact(names: Iterable[str]) -> list[str]:
 
 @lru_cache(64)  # the next adapter has the same modules
 def _compact(names: tuple[str, ...]) -> tuple[str, ...]:
-    patterns = {tuple([frozenset({part}) for part in name.split(".")]) for name in names}
+    alone = cache(lambda part: frozenset({part}))  # one for all names that have it
+    patterns: set[_Pattern] = {tuple(map(alone, name.split("."))) for name in names}
     longest = max(map(len, patterns), default=0)
     places = range(longest - 1, -1, -1)
     for numbers in (True, False):
         for place in places:
-            if len({pattern[place] for pattern in patterns if place < len(pattern)}) > 1:
-                patterns = _join(patterns, place, numbers)
+            found = {pattern[place] for pattern in patterns if place < len(pattern)}
+            joined = {parts for parts in found if all(map(_is_number, parts)) == numbers}
+            if len(joined) > 1:
+                patterns = _join(patterns, place, joined)
     return tuple(sorted((".".join(map(_show, pattern)) for pattern in patterns), key=natural))
 
 
@@ -52,11 +55,11 @@ def _is_number(part: str) -> bool:
     return part.isdigit() and part.isascii() and len(part) < 19 and (part[0] != "0" or part == "0")
 
 
-def _join(patterns: set[_Pattern], place: int, numbers: bool) -> set[_Pattern]:
+def _join(patterns: set[_Pattern], place: int, joined: Collection[frozenset[str]]) -> set[_Pattern]:
     groups: dict[tuple[_Pattern, _Pattern], set[str]] = defaultdict(set)
     others = set()
     for pattern in patterns:
-        if place < len(pattern) and all(map(_is_number, pattern[place])) == numbers:
+        if place < len(pattern) and pattern[place] in joined:
             groups[pattern[:place], pattern[place + 1 :]] |= pattern[place]
         else:
             others.add(pattern)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loratools.storage.checkpoint import Checkpoint
 
 _PAIRS = (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B"))
+_FACTORS_A = {one for one, _ in _PAIRS}
 _NUMBER = r"\.\d+(?=\.|$)"
 _NESTED = r"(\.base_layer)+$"
 _FACTOR = r"\.lora_[AB]\.([^.]+\.)?weight$"
@@ -33,13 +34,13 @@ def faults(groups: Groups, config: PeftConfig, held: Collection[str]) -> list[st
     `held` are the modules whose own parameters the config targets.
     """
     lines = []
+    dora = config.fields.get("use_dora")
     for module, parts in groups.modules.items():
         for pair in _PAIRS:
-            missing = [part for part in pair if part not in parts]
-            if len(missing) == 1:
-                lines.append(f"{keys.join(module, missing[0])}: missing, while its partner is there")
-        factored = not {"lora_A.weight", "lora_embedding_A"}.isdisjoint(parts)
-        if config.fields.get("use_dora") and factored and "lora_magnitude_vector" not in parts:
+            if (pair[0] in parts) != (pair[1] in parts):
+                missing = pair[pair[0] in parts]
+                lines.append(f"{keys.join(module, missing)}: missing, while its partner is there")
+        if dora and "lora_magnitude_vector" not in parts and not _FACTORS_A.isdisjoint(parts):
             lines.append(f"{keys.join(module, 'lora_magnitude_vector')}: missing, and the config says use_dora")
         for part, lazy in parts.items():
             if not lazy.dtype.startswith(("F", "BF")):

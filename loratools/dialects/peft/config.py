@@ -128,8 +128,9 @@ class PeftConfig:
         PEFT up to 0.21 computes W + 2·s·B·A there, in training too (huggingface/peft#3774), so such an adapter was
         trained for it. A config without a version is from such a PEFT.
         """
-        fixed = self.version is not None and self.version[:2] > (0, 21)
-        return 2 if module.endswith(".base_layer.out_proj") and not fixed else 1
+        if not module.endswith(".base_layer.out_proj"):
+            return 1
+        return 1 if self.version is not None and self.version[:2] > (0, 21) else 2
 
     @property
     def version(self) -> tuple[int, int, int] | None:

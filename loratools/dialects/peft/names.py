@@ -115,9 +115,9 @@ def _without_adapter(part: str) -> tuple[str, str | None]:
 
     A part that PEFT does not have, with or without an adapter's name, comes back unchanged.
     """
-    segments = part.split(".")
     if part in keys.PARTS:
         return part, None
+    segments = part.split(".")
     if segments[-1] == "weight" and ".".join(segments[:-1]) in keys.PARTS:
         return ".".join(segments[:-1]), None  # a parameter that is wrapped in a module, as DoRA's magnitude is
     for i in range(1, len(segments)):

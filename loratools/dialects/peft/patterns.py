@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.naming.compact import suffixes
 from loratools.dialects.peft.isolated import Isolated
@@ -53,14 +54,14 @@ _READ_ALIKE = rf"(?:\(\?i\))?(?:{_PART})*+"
 _BY_TABLE = r"\\[dDwWsSbB]|^\(\?i\)"
 
 # A key of a pattern that is a name: each character means itself, and a dot any character.
-_NAME = r"(\^?)((?:\\[^a-zA-Z0-9\n]|[^\\^$*+?{}\[\]|()\n])*)\$?"
+_NAME = r"(\^?)((?:\\[^a-zA-Z0-9\n]|[^\\^$*+?{}\[\]|()\n]++)*+)\$?"
 _SEGMENT = r"[\w-]+"
 _ESCAPED_OR_DOT = r"\\(.)|\."
 _ANY = "\n"  # what stands for any character; no name of a module has it
 _MOST_SHAPES = 64  # of names of one length; real configs have one or two
 
-_ByLength = dict[int, dict[tuple[int, ...], dict[str, int]]]
-"""Length of a name -> its shape: how long its parts are, between characters that may be any -> name -> its place."""
+_ByLength = dict[int, dict[tuple[int, ...], dict[Any, int]]]
+"""Length of a name -> its shape: how long its parts are, between characters that may be any -> parts -> its place."""
 
 
 @dataclass(slots=True, eq=False)
@@ -184,7 +185,7 @@ class _Names:
             for by_length, names in ((self._anchored, (module,)), (self._suffixes, suffixes(module))):
                 for name in names if by_length else ():
                     for shape, positions in by_length.get(len(name), {}).items():
-                        best = min(best, positions.get(_ANY.join([name[part] for part in _parts(shape)]), best))
+                        best = min(best, positions.get(_parts(shape)(name), best))
             self._found[module] = best
         return self._found[module]
 
@@ -196,7 +197,7 @@ class _Names:
         shapes = (self._anchored if anchored else self._suffixes).setdefault(len(name), {})
         if shape not in shapes and len(shapes) == _MOST_SHAPES:
             return False
-        shapes.setdefault(shape, {}).setdefault(name, position)
+        shapes.setdefault(shape, {}).setdefault(_parts(shape)(name), position)
         return True
 
 
@@ -287,10 +288,10 @@ def _as_name(key: str) -> tuple[bool, str, tuple[int, ...]] | None:
 
 
 @lru_cache(maxsize=1024)
-def _parts(shape: tuple[int, ...]) -> list[slice]:
-    """Return where the parts of a name of this shape lie, between characters that may be any."""
+def _parts(shape: tuple[int, ...]) -> itemgetter[Any]:
+    """Return what takes the parts of a name of this shape, between characters that may be any."""
     parts, start = [], 0
     for length in shape:
         parts.append(slice(start, start + length))
         start += length + 1
-    return parts
+    return itemgetter(*parts)

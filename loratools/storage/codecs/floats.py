@@ -77,6 +77,11 @@ def widen(bits: Array, dtype: str, work: Any) -> Array:
     return bits.view(f"<f{bits.itemsize}").astype(work)
 
 
+def numbers(bits: Array, dtype: str) -> Array:
+    """Return bits as the numbers that they are: those of F32 and F64 in the same memory, others as float32."""
+    return bits.view(f"<f{bits.itemsize}") if dtype in ("F32", "F64") else widen(bits, dtype, np.float32)
+
+
 def narrow(values: Array, dtype: str) -> Array:
     """Return numbers rounded to nearest even, as bits; what is float64 goes to BF16 by way of float32."""
     if dtype != "BF16":

@@ -174,10 +174,10 @@ def _changes(batch: _Batch, found: Decomposition, problems: dict[str, str]) -> d
     for parts in batch[0].products:
         size += found.term_norms(start, start + parts[0].rank)
         start += parts[0].rank
-    changes = {}
+    changes, finite = {}, found.finite.reshape(len(batch), count).tolist()
     for place, module in enumerate(batch):
         own = range(place * count, (place + 1) * count)
-        if not found.finite[own.start : own.stop].all():
+        if not all(finite[place]):
             problems[module.path] = _not_finite(module)
             continue
         known = [
@@ -208,16 +208,15 @@ def _kept(
         with np.errstate(invalid="ignore", over="ignore"):  # what overflows is a fault of what is kept
             exact = found.balanced(*factors, rank, items)
             bits = [floats.narrow(factor, dtype) for factor in exact]
-            B, A = (floats.widen(factor, dtype, np.float64) for factor in bits)
-            rounding = stacks.rounding2(sigma, exact, (B, A))
-            energy = (sigma * sigma).sum(-1)
-        for number, place in enumerate(places):
-            own = slice(number * count, (number + 1) * count)
-            whole = own if batch[place].is_stack else number
+            B, A = (floats.numbers(factor, dtype) for factor in bits)
+            of_items = stacks.rounding2(sigma, exact, (B, A)), (sigma * sigma).sum(-1)
+        costs = zip(*(each.reshape(-1, count).sum(-1).tolist() for each in of_items), strict=True)
+        for number, (place, (rounding, energy)) in enumerate(zip(places, costs, strict=True)):
+            whole = slice(number * count, (number + 1) * count) if batch[place].is_stack else number
             left, right = (
                 LazyTensor.holding(dtype, factor[whole].shape, floats.bytes_of(factor[whole])) for factor in bits
             )
-            kept[batch[place].path] = Kept(left, right, float(rounding[own].sum()), float(energy[own].sum()))
+            kept[batch[place].path] = Kept(left, right, rounding, energy)
     return kept
 
 

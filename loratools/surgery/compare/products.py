@@ -32,9 +32,8 @@ def of_products(
     def worked(_: int, batch: Sequence[tuple[str, Update, Update]]) -> list[tuple[ModuleComparison, float]]:
         sides = []
         for side in (0, 1):
-            read = [low_rank.arrays(products[side]) for _, *products in batch]
-            left, right = (np.stack([factors[i] for factors in read]) for i in (0, 1))
-            sides.append(stacks.side_by_side([(np.array([scale for _, _, scale in read]), left, right)]))
+            left, right, scales = low_rank.stacked([products[side] for _, *products in batch])
+            sides.append(stacks.side_by_side([(np.array(scales), left, right)]))
         (B1, A1), (B2, A2) = sides
         inner = ((B1.transpose(0, 2, 1) @ B2) * (A1 @ A2.transpose(0, 2, 1))).sum((1, 2)).tolist()
         svds = [stacks.decompose(B, A) for B, A in sides]
@@ -72,5 +71,7 @@ def of_products(
 def _directions(svd: Decomposition, factors: tuple[Any, Any], rank: int, which: Sequence[int]) -> tuple[Any, Any]:
     """Return the leading left and right singular vectors of products `which`, as rows (m, rank, …)."""
     left, right = svd.balanced(*factors, rank, which)
-    roots = (svd.sigma[list(which), :rank] ** 0.5)[:, :, None]
-    return left.transpose(0, 2, 1) / roots, right / roots
+    roots = np.sqrt(svd.sigma[list(which), :rank])
+    left /= roots[:, None, :]
+    right /= roots[:, :, None]
+    return left.transpose(0, 2, 1), right
