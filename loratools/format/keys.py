@@ -58,6 +58,18 @@ def split(name: str) -> tuple[str, str] | None:
     return (path[: dot.start()], path[dot.end() :]) if dot else (path, "")
 
 
+@lru_cache(maxsize=1 << 16)  # ranks, alphas and those who check them ask for the same
+def exactly(module: str) -> str:
+    r"""Return the key of a rank or alpha pattern that means this module alone: `^` and the escaped name.
+
+    PEFT matches `(.*\.)?(KEY)$`; the anchor keeps `a.b` from matching `x.a.b`.
+
+    >>> exactly("layers.0.q_proj")
+    '^layers\\.0\\.q_proj'
+    """
+    return "^" + re.escape(module)
+
+
 def join(module: str, part: str = "") -> str:
     """Return the canonical name of a module's part, or of a whole tensor if `part` is empty.
 

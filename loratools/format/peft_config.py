@@ -14,7 +14,7 @@ from typing import Any
 
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
-from loratools.format import manifest
+from loratools.format import keys, manifest
 
 # Settings that PEFT wrote and reads again, as long as they say something; older versions of PEFT refuse unknown fields,
 # so a field at its default is left out.
@@ -51,7 +51,7 @@ def derive_config(adapter: Adapter) -> dict[str, Any]:
     alphas = {_path(module, update): _alpha(update, rslora) for module, update in updates.items()}
     r, alpha = manifest.usual(ranks.values(), 8), manifest.usual(alphas.values(), 8)
     config: dict[str, Any] = identity | {
-        "alpha_pattern": {_exactly(module): value for module, value in sorted(alphas.items()) if value != alpha},
+        "alpha_pattern": {keys.exactly(module): value for module, value in sorted(alphas.items()) if value != alpha},
         "auto_mapping": settings.get("auto_mapping"),
         "bias": settings.get("bias", "none"),
         "fan_in_fan_out": settings.get("fan_in_fan_out", False),
@@ -62,7 +62,7 @@ def derive_config(adapter: Adapter) -> dict[str, Any]:
         "modules_to_save": _modules_to_save(adapter),
         "peft_type": "LORA",
         "r": r,
-        "rank_pattern": {_exactly(module): value for module, value in sorted(ranks.items()) if value != r},
+        "rank_pattern": {keys.exactly(module): value for module, value in sorted(ranks.items()) if value != r},
         "target_modules": targets,
         "task_type": settings.get("task_type"),
         "use_rslora": rslora,
@@ -96,11 +96,6 @@ def _alpha(update: Update, rslora: bool) -> float:
     near = (update.alpha, solved, math.nextafter(solved, -math.inf), math.nextafter(solved, math.inf))
     alpha = next((value for value in near if value / divisor == update.scaling), solved)
     return int(alpha) if float(alpha).is_integer() else alpha
-
-
-def _exactly(module: str) -> str:
-    # PEFT matches `(.*\.)?(KEY)$`; the anchor keeps `a.b` from matching `x.a.b`.
-    return "^" + re.escape(module)
 
 
 def _modules_to_save(adapter: Adapter) -> list[str] | None:

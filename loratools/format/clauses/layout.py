@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from loratools.adapter.naming.compact import suffixes
 from loratools.adapter.parts import BIAS, MAGNITUDE
+from loratools.format import keys
 from loratools.format.clauses import COUNT, FLAG, Chapter, Fault, Form, Subject, number, shown
 from loratools.format.clauses.manifest import layout_faults
 from loratools.format.manifest import LAYERS, layers_of, unmatched
@@ -154,7 +154,7 @@ def _rule(config: Mapping[str, Any], field: str, default: str) -> Callable[[str]
         return lambda module: config.get(default, 8)
 
     def value(module: str) -> Any:
-        hits = [key for key in (f"^{re.escape(module)}", *suffixes(module)) if key in order]
+        hits = [key for key in (keys.exactly(module), *suffixes(module)) if key in order]
         return patterns[min(hits, key=order.__getitem__)] if hits else config.get(default, 8)
 
     return value
