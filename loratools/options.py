@@ -131,6 +131,12 @@ class Options:
         """Note a problem unless `value` is a number of threads, or None."""
         return self.number("threads", value, least=1, optional=True)
 
+    def seed(self, name: str, value: object) -> Self:
+        """Note a problem unless `value` is a seed that a provenance can hold, from 0 to 2^53 - 1."""
+        if type(value) is not int or not 0 <= value < 2**53:
+            self.problems.append(f"{name} is {value!r}; it lies between 0 and 2^53 - 1")
+        return self
+
     def flag(self, name: str, value: object) -> Self:
         """Note a problem unless `value` is True or False."""
         if not isinstance(value, bool):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from json.encoder import encode_basestring
 from typing import Any
 
@@ -85,6 +85,37 @@ def texts_of(value: Mapping[str, Any]) -> dict[str, str]:
 def joined(texts: Mapping[str, str]) -> str:
     """Return the canonical text of an object whose members have these."""
     return "{" + ",".join([f"{_text(name)}:{texts[name]}" for name in _ordered(texts)]) + "}"
+
+
+def unsaid(value: Any, at: str = "") -> Iterator[str]:
+    """Yield what of a value has no canonical text: where it stands, as names with dots between them, and why."""
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        for name, part in value.items():
+            yield from unsaid(part, f"{at}.{name}" if at else name)
+    elif isinstance(value, list | tuple):
+        for number, part in enumerate(value):
+            yield from unsaid(part, f"{at}[{number}]")
+    else:
+        try:
+            canonical(value)
+        except ValueError as error:
+            yield f"{at}: {error}" if at else str(error)
+
+
+def said(value: Any) -> Any:
+    """Return a value in which every number that has no canonical text is a text itself: `1.8078e+17`.
+
+    RFC 8785 writes whole numbers below 1e21 in digits alone, and those beyond 2^53 - 1 are no numbers of I-JSON.
+    """
+    if isinstance(value, Mapping):
+        return {name: said(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [said(part) for part in value]
+    if type(value) is int and abs(value) >= 2**53:
+        return str(value)
+    if isinstance(value, float) and not (math.isfinite(value) and (abs(value) < 2**53 or abs(value) >= 1e21)):
+        return repr(value)
+    return value
 
 
 def _ordered(names: Collection[str]) -> list[str]:

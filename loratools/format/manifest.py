@@ -12,14 +12,16 @@ from typing import Any
 
 from loratools.adapter.model import HEADER, Adapter, BaseIdentity, Step
 from loratools.adapter.naming.compact import suffixes
+from loratools.errors import InvalidFormat, counted
 from loratools.format import keys
 from loratools.format.canonical import canonical as canonical
-from loratools.format.canonical import canonical_parts
+from loratools.format.canonical import canonical_parts, said, unsaid
 from loratools.storage import digest
 from loratools.storage.lazy import LazyTensor
 
 VERSION = "1.1"
 METADATA_KEY = "loratools"
+_DIGITS = 10**21  # from here on RFC 8785 writes an exponent
 NO_DIGEST = f"{digest.DEFAULT}:{'0' * 64}"
 """Stands for the digest while the data are still being written: it has the same length."""
 
@@ -50,7 +52,7 @@ def of(adapter: Adapter, tensors: Mapping[str, str] | None = None) -> dict[str, 
 
     `tensors` maps a module path or a replaced parameter's path to the name of the base tensor that it changes; what is
     not in it is taken from the manifest that the adapter was read from. That manifest's unknown fields, and its
-    extensions, are kept (clauses V-04 and X-05).
+    extensions, are kept (clauses V-04 and X-05). Raises `InvalidFormat` for numbers that a manifest cannot hold (M-02).
     """
     origin: Mapping[str, Any] = adapter.settings.get(ORIGIN, {})
     base_names = base_tensors(adapter) | dict(tensors or {})
@@ -58,8 +60,8 @@ def of(adapter: Adapter, tensors: Mapping[str, str] | None = None) -> dict[str, 
     modules = {}
     for path, update in sorted(adapter.updates.items()):
         entry: dict[str, Any] = {
-            "kind": update.kind, "rank": max(update.rank, 1), "alpha": _number(update.alpha),
-            "scaling": _number(update.scaling),
+            "kind": update.kind, "rank": max(update.rank, 1), "alpha": as_read(update.alpha),
+            "scaling": as_read(update.scaling),
         }  # fmt: skip
         known = {name: value for name, value in update.layout.items() if value is not None}
         turned = {"transposed": adapter.orientation[path]} if path in adapter.orientation else {}
@@ -70,7 +72,7 @@ def of(adapter: Adapter, tensors: Mapping[str, str] | None = None) -> dict[str, 
     document: dict[str, Any] = _unknown(origin, _FIELDS) | {
         "format_version": origin.get("format_version", VERSION),
         "rank": usual(entry["rank"] for entry in modules.values()),
-        "alpha": usual(update.alpha for update in adapter.updates.values()),
+        "alpha": usual(entry["alpha"] for entry in modules.values()),
         "target_modules": target_modules(modules, adapter.settings, origin),
         "modules": modules,
         "digest": NO_DIGEST,
@@ -99,8 +101,23 @@ def of(adapter: Adapter, tensors: Mapping[str, str] | None = None) -> dict[str, 
         from loratools.format import meaning  # not needed to read
 
         document["format_version"] = _later(document["format_version"], VERSION)
-        document["meaning"] = meaning.of(document, {path: update.parts for path, update in adapter.updates.items()})
+        parts = {path: update.parts for path, update in adapter.updates.items()}
+        try:
+            document["meaning"] = meaning.of(document, parts)
+        except ValueError:
+            raise unwritable(document) from None
     return document
+
+
+def unwritable(document: Mapping[str, Any]) -> InvalidFormat:
+    """Return the error that says what of a manifest, or of a config, has no canonical text (M-02)."""
+    problems = list(unsaid(document))
+    return InvalidFormat(
+        f"the adapter's manifest cannot be written: canonical JSON has no form for {counted(len(problems), 'value')}",
+        problems,
+        hint="Of numbers it has none for whole ones from 2^53 to 1e21. Where that is an alpha or a scaling, "
+        "`loratools resize` writes the same change with a scaling of 1.",
+    )  # fmt: skip
 
 
 def text(document: Mapping[str, Any]) -> str:
@@ -111,9 +128,11 @@ def text(document: Mapping[str, Any]) -> str:
     return canonical_parts(document, ("modules", "replacements", "target_modules"))
 
 
-def _number(value: float) -> float:
-    """Return a whole number as an integer, which JSON writes as RFC 8785 does."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def as_read(value: float) -> float:
+    """Return a number in the type in which its canonical text is read back: a whole one below 1e21 is an integer."""
+    if isinstance(value, int):
+        return float(value) if abs(value) >= _DIGITS else value
+    return int(value) if value.is_integer() and abs(value) < _DIGITS else value
 
 
 def _extensions(adapter: Adapter, origin: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -258,7 +277,7 @@ def _provenance(steps: tuple[Step, ...], origin: list[Mapping[str, Any]]) -> lis
     entries = []
     for i, step in enumerate(steps):
         entry: dict[str, Any] = {"operation": step.operation, "tool": step.tool}
-        entry |= {"parameters": dict(step.parameters)} if step.parameters else {}
+        entry |= {"parameters": said(step.parameters)} if step.parameters else {}
         entry |= {"inputs": [dict(item) for item in step.inputs]} if step.inputs else {}
         entry |= {"seed": step.seed} if step.seed is not None else {}
         same = i < len(origin) and _step(origin[i]) == step

@@ -95,7 +95,7 @@ def _alpha(update: Update, rslora: bool) -> float:
     solved = update.scaling * divisor
     near = (update.alpha, solved, math.nextafter(solved, -math.inf), math.nextafter(solved, math.inf))
     alpha = next((value for value in near if value / divisor == update.scaling), solved)
-    return int(alpha) if float(alpha).is_integer() else alpha
+    return manifest.as_read(alpha)
 
 
 def _modules_to_save(adapter: Adapter) -> list[str] | None:

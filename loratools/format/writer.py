@@ -53,7 +53,9 @@ def _check(
     config["base_model_name_or_path"] = document.get("base_model", {}).get("id")
     try:
         text, config = manifest.text(document), json.loads(canonical_parts(config, _PLAIN))
-    except (ValueError, RecursionError) as error:
+    except ValueError:
+        raise manifest.unwritable({**config, **document}) from None
+    except RecursionError as error:
         raise InvalidFormat(f"{target}: the adapter's manifest cannot be written: {error}") from None
     shapes = {name: (lazy.dtype, lazy.shape) for name, lazy in lazies.items()}
     subject = Subject(target, shapes, json.loads(text), text, config)

@@ -97,16 +97,17 @@ def load(path: Path) -> tuple[Tensors, dict[str, str]]:
 # ---- canonical JSON: RFC 8785 -------------------------------------------------------------------------------------
 
 
-def canonical(value: Any) -> str:
+def canonical(value: Any, most: float = 2**53) -> str:
+    """Return the text of RFC 8785; a whole number that it writes in digits alone must be below `most` (I-JSON)."""
     if isinstance(value, dict):
         names = sorted(value, key=lambda name: name.encode("utf-16-be"))
-        return "{" + ",".join(canonical(name) + ":" + canonical(value[name]) for name in names) + "}"
+        return "{" + ",".join(canonical(name) + ":" + canonical(value[name], most) for name in names) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(map(canonical, value)) + "]"
+        return "[" + ",".join(canonical(part, most) for part in value) + "]"
     need(type(value) is not float or math.isfinite(value), "M-02", "a number is too large for binary64")
-    if type(value) in (int, float) and abs(value) < 1e21 and value == int(value):
-        need(abs(value) < 2**53, "M-02", f"{value} is beyond 2^53 - 1")
-        return str(int(value))
+    if type(value) is int or (type(value) is float and abs(value) < 1e21 and value == int(value)):
+        need(abs(value) < most, "M-02", f"{value} is beyond 2^53 - 1")
+        return str(int(value)) if abs(value) < 2**53 else format(Decimal(repr(value)), "f")
     if type(value) is not float:
         return json.dumps(value, ensure_ascii=False)
     if 1e-6 <= abs(value) < 1e21:

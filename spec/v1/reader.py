@@ -102,8 +102,8 @@ def check_module(path: str, entry: dict[str, Any], version: tuple[int, ...]) -> 
     need(isinstance(layout, dict), "M-18", f"{path}: layout is not an object")
     stacked = kind == "experts"
     need(isinstance(layout.get("transposed", None if stacked else False), bool), "M-18", f"{path}: layout.transposed")
-    need(not stacked or natural(layout.get("experts"), 1), "M-18", f"{path}: layout.experts")
-    need(not stacked or text(layout.get("parameter")), "M-18", f"{path}: layout.parameter")
+    need(natural(layout.get("experts", 0 if stacked else 1), 1), "M-18", f"{path}: layout.experts")
+    need(text(layout.get("parameter", "" if stacked else path)), "M-18", f"{path}: layout.parameter")
     rows = layout.get("rows")
     listed = isinstance(rows, list) and all(map(natural, rows)) and len(rows) == len(set(rows)) > 0
     need(kind != "tokens" or listed, "M-27", f"{path}: layout.rows")
@@ -331,7 +331,7 @@ def main(arguments: list[str]) -> int:
             print(canonical({name: tiers(checkpoint(Path(arguments[1])), name) for name in HASHES}))
         else:
             base = Path(arguments[2]) if arguments[1:2] == ["--base"] else None
-            print(canonical(read(Path(arguments[0]), base)))
+            print(canonical(read(Path(arguments[0]), base), 1e21))
     except Refused as refused:
         print(refused)
         return 1

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loratools.adapter.model import Adapter, BaseIdentity
+from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.errors import InvalidFormat, OutputRefused, UnsupportedAdapter
 from loratools.format import keys, manifest, meaning, reader, validate, writer
 from loratools.storage import digest, dtypes
@@ -229,9 +229,37 @@ def test_several_faults_are_said_at_once_and_nothing_is_written(tmp_path: Path) 
 
 
 def test_not_json_in_settings_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(InvalidFormat, match="cannot be written: set is not a JSON type"):
-        writer.write(replace(rich(), settings={"x": {1}}), tmp_path / "out")
+    with pytest.raises(InvalidFormat, match="no form for 1 value") as caught:
+        writer.write(replace(rich(), settings={"x": [1, {1}]}), tmp_path / "out")
+    assert caught.value.problems == ("settings.x[1]: set is not a JSON type",)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("alpha", [2.0**53, 1e17, 10**17, -3e20])
+def test_numbers_that_no_manifest_holds_are_named(alpha: float, tmp_path: Path) -> None:
+    far = replace(rich(), updates={Q: lora(0, alpha=alpha, scaling=0.5), V: lora(1, scaling=alpha)})
+    with pytest.raises(InvalidFormat, match="cannot be written") as caught:
+        writer.write(far, tmp_path / "out")
+    named = {problem.partition(":")[0] for problem in caught.value.problems}
+    assert {f"modules.{Q}.alpha", f"modules.{V}.scaling"} <= named
+    assert f"modules.{Q}.scaling" not in named
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("alpha", [1e21, 10**22, 2.5e21, -1e300, 5e-324, 2.0**53 - 1])
+def test_numbers_on_both_sides_of_these_are_written_and_read(alpha: float, tmp_path: Path) -> None:
+    writer.write(replace(rich(), updates={Q: lora(0, rank=1, alpha=alpha, scaling=alpha)}), tmp_path / "out")
+    assert validate.validate(tmp_path / "out") == []
+    (update,) = reader.read(tmp_path / "out").updates.values()
+    assert (update.alpha, update.scaling) == (alpha, alpha)
+
+
+def test_what_a_step_says_in_such_numbers_is_text(tmp_path: Path) -> None:
+    step = Step("resize", "t", {"a": [1e17, 1e21, float("inf")], "b": {"c": 2**60, "d": 3}})
+    writer.write(replace(rich(), provenance=(step,)), tmp_path / "out")
+    assert validate.validate(tmp_path / "out") == []
+    said = reader.read(tmp_path / "out").provenance[-1].parameters
+    assert said == {"a": ["1e+17", 1e21, "inf"], "b": {"c": str(2**60), "d": 3}}
 
 
 def test_existing_output_and_own_input_are_refused(tmp_path: Path) -> None:

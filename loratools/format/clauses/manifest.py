@@ -85,6 +85,8 @@ def _rows(value: Any) -> bool:
 _LAYOUT: Mapping[type, Form] = {
     bool: FLAG, int: COUNT, str: TEXT, float: REAL, list: (_rows, "different integers from 0"),
 }  # fmt: skip
+_OF_ANY: Mapping[str, type] = {"transposed": bool, "experts": int, "parameter": str}
+"""Fields of a layout that are as the table says in a module of any kind."""
 _NAMES: Form = (_sorted_names, "a sorted list of different non-empty strings")
 _OBJECT: Form = (lambda value: isinstance(value, dict), "an object")
 _OBJECTS: Form = (
@@ -216,7 +218,9 @@ def _layout(subject: Subject, clause: str) -> Iterator[Fault]:
 def has_needed(kind: Kind, entry: Mapping[str, Any]) -> bool:
     """Tell whether a layout of which the kind needs nothing says no more than how the base stores the weight."""
     layout = entry.get("layout", _NO_LAYOUT)
-    return not kind.layout and isinstance(layout, dict) and isinstance(layout.get("transposed", False), bool)
+    if kind.layout or not isinstance(layout, dict) or "experts" in layout or "parameter" in layout:
+        return False
+    return isinstance(layout.get("transposed", False), bool)
 
 
 def layout_faults(kind: Kind, entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -228,10 +232,10 @@ def layout_faults(kind: Kind, entry: Mapping[str, Any]) -> Iterator[tuple[str, s
         yield "M-18", f"layout: expected an object, found {shown(value)}"
         return
     needed = kind.layout or {}
-    for name, kind_of in {"transposed": bool, **needed}.items():
+    for name, kind_of in {**_OF_ANY, **needed}.items():
         formed, expected = _LAYOUT[kind_of]
         if (name in needed or name in value) and not formed(value.get(name)):
-            clause = "M-18" if name in ("transposed", "experts", "parameter") else "M-27"
+            clause = "M-18" if name in _OF_ANY else "M-27"
             yield clause, f"layout.{name}: expected {expected}, found {shown(value.get(name))}"
 
 

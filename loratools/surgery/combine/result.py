@@ -10,10 +10,12 @@ from loratools import dialects
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter, BaseIdentity, Step
 from loratools.adapter.placement.stacks import path_of
+from loratools.adapter.weights import Weight
 from loratools.decisions import warned
 from loratools.engine.device import described
 from loratools.errors import UnsupportedAdapter
 from loratools.format import manifest
+from loratools.format.canonical import said
 from loratools.format.record import DEVICE, TOOL
 from loratools.storage.dtypes import FloatName
 from loratools.storage.lazy import LazyTensor
@@ -40,14 +42,21 @@ def step_of(operation: str, inputs: Sequence[Input], options: CombineOptions, in
         recorded["ranks"] = options.rule.to_json()
     if initial:
         recorded["initial"] = True
-    if not all(each.weight.plain for each in inputs):
+    numbers = [_number(each.weight) for each in inputs]
+    if None in numbers:
         recorded["weights"] = [each.weight.to_json() for each in inputs]
     sources = tuple(
-        {"digest": each.digest} | ({"weight": each.weight.default} if each.weight.plain else {}) for each in inputs
+        {"digest": each.digest} | ({} if number is None else {"weight": number})
+        for each, number in zip(inputs, numbers, strict=True)
     )
     if on := described(options.computes_on):
         recorded[DEVICE] = on
     return Step(operation, TOOL, recorded, sources, methods.seed_of(options.method, options))
+
+
+def _number(weight: Weight) -> float | None:
+    """Return the one number that a weight is, None where it is several, or one that a manifest has no number for."""
+    return weight.default if weight.plain and said(weight.default) == weight.default else None
 
 
 def assemble(
@@ -168,4 +177,4 @@ def _equal(one: LazyTensor, other: LazyTensor) -> bool:
 
 def _key(entry: Step) -> str:
     inputs = [dict(source) for source in entry.inputs]
-    return manifest.canonical([entry.operation, entry.tool, entry.parameters, inputs, entry.seed])
+    return manifest.canonical([entry.operation, entry.tool, said(entry.parameters), inputs, entry.seed])

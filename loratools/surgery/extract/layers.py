@@ -114,7 +114,7 @@ def to_json(layers: Iterable[Layer]) -> dict[str, Any]:
 def from_json(document: object) -> tuple[Layer, ...]:
     """Return the layers that `to_json` wrote, with its six digits; () for anything else, which a file may hold.
 
-    A number that was not finite is infinite here.
+    A number that was not finite is infinite here; one that a manifest has no number for stands in it as text.
     """
     columns = [field.name for field in fields(Layer) if field.name != "module"]
     if not isinstance(document, Mapping) or document.get("columns") != columns:
@@ -126,7 +126,7 @@ def from_json(document: object) -> tuple[Layer, ...]:
         if not isinstance(row, Sequence) or len(row) != len(columns):
             return ()
         kind, shape, rank, parameters = row[:4]
-        numbers = [math.inf if value is None else value for value in row[4:]]
+        numbers = [math.inf if value is None else _of_text(value) for value in row[4:]]
         counts = [rank, parameters, *(shape if isinstance(shape, list) else [None])]
         sound = isinstance(kind, str) and all(isinstance(value, int) and value >= 0 for value in counts)
         if not sound or not all(
@@ -143,6 +143,16 @@ def _excess(error2: float, excess2: float) -> float:
     if least > 0:
         return math.sqrt(error2 / least) - 1
     return math.inf if error2 > 0 else 0.0
+
+
+def _of_text(value: Any) -> Any:
+    """Return a number that canonical JSON has no form for, which stands as text (`format/canonical.py`)."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def _plain(value: Any) -> Any:

@@ -37,7 +37,7 @@ class ExtractOptions:
         checked = Options()
         object.__setattr__(self, "ranks", checked.parsed("ranks", Ranks.of, self.ranks))
         object.__setattr__(self, "dtype", checked.parsed("dtype", dtypes.parse_float, self.dtype))
-        checked.number("seed", self.seed, least=0)
+        checked.seed("seed", self.seed)
         checked.real("tolerance", self.tolerance, lambda x: 0 < x < 1, "a share, above 0 and below 1")
         checked.flag("tight", self.tight)
         checked.word("arithmetic", self.arithmetic, Arithmetic)

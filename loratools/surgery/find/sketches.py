@@ -20,7 +20,7 @@ from loratools.adapter.gathered import canonically_named
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import normalized
 from loratools.errors import UnknownKind
-from loratools.format.canonical import canonical
+from loratools.format.canonical import canonical, said
 from loratools.format.digest import tensor_digests
 from loratools.linalg.delta import Delta
 from loratools.linalg.sketch import sketch
@@ -179,4 +179,4 @@ def _unit_roundoff(adapter: Adapter) -> float:
 
 
 def _hash(value: Mapping[str, object]) -> str:
-    return hashlib.blake2b(canonical(value).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(canonical(said(value)).encode(), digest_size=16).hexdigest()

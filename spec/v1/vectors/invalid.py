@@ -126,6 +126,8 @@ INVALID: dict[str, Entry] = {
         "M-02", False, "an escape for é", both(put("settings", {"a": "é"}), text(lambda t: t.replace("é", "\\u00e9")))),
     "manifest/integer-too-large": (
         "M-02", False, "2^53", both(put("settings", {"a": 5}), text(lambda t: t.replace('"a":5', f'"a":{2**53}')))),
+    "manifest/integer-beyond-every-digit": (
+        "M-02", False, "1e21 in digits", both(put("settings", {"a": 5}), text(lambda t: t.replace('"a":5', f'"a":{10**21}')))),
     "manifest/version-missing": ("M-03", True, "no format_version", drop("format_version")),
     "manifest/version-not-two-numbers": ("M-03", True, "1", put("format_version", "1")),
     "manifest/version-a-number": ("M-03", True, "1.5, not a string", put("format_version", 1.5)),
@@ -165,6 +167,10 @@ INVALID: dict[str, Entry] = {
     "manifest/layout-without-experts": ("M-18", True, "no number of experts", both(
         experts(False, False), drop("modules", "blk.q", "layout", "experts"))),
     "manifest/layout-transposed-one": ("M-18", True, "1 is not true", put("modules", "blk.q", "layout", {"transposed": 1})),
+    "manifest/layout-experts-of-a-linear-layer": (
+        "M-18", True, "-1 of kind lora", put("modules", "blk.q", "layout", {"experts": -1})),
+    "manifest/layout-parameter-of-a-linear-layer": (
+        "M-18", True, "an empty string of kind lora", put("modules", "blk.q", "layout", {"parameter": ""})),
     "manifest/replacements-a-list": ("M-19", True, "a list", put("replacements", ["head.bias"])),
     "manifest/provenance-an-object": ("M-20", True, "not a list", put("provenance", {})),
     "manifest/step-without-tool": ("M-20", True, "no tool", put("provenance", [{"operation": "train"}])),

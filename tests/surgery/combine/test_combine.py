@@ -71,6 +71,20 @@ def dense(one: Adapter | Path) -> Dense:
     return found
 
 
+@pytest.mark.parametrize("weight", [1e17, -3e20, 1e21])
+def test_weights_that_a_manifest_has_no_numbers_for_are_said_in_text(weight: float, tmp_path: Path) -> None:
+    adapters = [adapter(1), adapter(2)]
+    combine(adapters, tmp_path / "sum", weights=[weight, 1.0])
+    assert validate(tmp_path / "sum") == []
+    assert distance(dense(tmp_path / "sum"), total(adapters, [weight, 1.0])) < 1e-6
+    (step,) = open_adapter(tmp_path / "sum").provenance
+    stated = [each.get("weight") for each in step.inputs]
+    assert stated == ([weight, 1.0] if weight == 1e21 else [None, 1.0])
+    assert step.parameters.get("weights") == (None if weight == 1e21 else [repr(weight), 1])
+    again = combine([tmp_path / "sum", adapter(2)], tmp_path / "again")  # whose history has that step
+    assert again.shares
+
+
 def total(adapters: list[Adapter], weights: list[float]) -> Dense:
     found: Dense = {}
     for one, weight in zip(adapters, weights, strict=True):

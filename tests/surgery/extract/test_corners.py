@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from loratools.decisions import warnings_to
+from loratools.dialects import open_adapter
 from loratools.errors import BadFile
+from loratools.format.validate import validate
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.linalg.ranks.rules import Energy, Fixed, Ratio
+from loratools.reports.pages._extracted import certificate
 from loratools.surgery.extract import Extraction, extract
 from loratools.surgery.extract.certify import certify
 from tests.linalg.matrices import power_law, signal_and_noise, with_spectrum
@@ -162,6 +165,17 @@ def test_numbers_near_the_ends_of_float32(ranks: Ranks, scale: float, dtype: str
     D = power_law(-1.0, 80, 60)
     plain = judge(*written(tmp_path / "plain", {"far": D}, ranks, dtype), dtype)
     assert judge(*written(tmp_path / "far", {"far": scale * D}, ranks, dtype), dtype) == plain
+
+
+@pytest.mark.parametrize("scale", [1e15, 1e17, 3e19, 1e21])
+def test_norms_that_a_manifest_has_no_numbers_for_are_in_the_certificate(scale: float, tmp_path: Path) -> None:
+    D = scale * power_law(-1.0, 40, 30)
+    made, truths = written(tmp_path, {"far": D}, Ranks(Fixed(4)), "F32")
+    judge(made, truths, "F32")
+    assert validate(tmp_path / "adapter") == []
+    (layer,) = certificate(open_adapter(tmp_path / "adapter"))
+    assert layer.delta_norm == pytest.approx(float(D.norm()), rel=1e-5)
+    assert layer.error == pytest.approx(truths["far"][0], rel=1e-4)
 
 
 @pytest.mark.parametrize(

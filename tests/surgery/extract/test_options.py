@@ -24,6 +24,12 @@ def test_everything_that_is_wrong_is_named() -> None:
     assert "bf16, f16, f32 or f64" in str(caught.value)
 
 
+def test_a_seed_is_one_that_the_provenance_can_hold() -> None:
+    assert ExtractOptions(8, seed=2**53 - 1).seed == 2**53 - 1
+    with pytest.raises(InvalidOption, match="seed is 9007199254740992; it lies between 0 and 2"):
+        ExtractOptions(8, seed=2**53)
+
+
 def test_ranks_are_chosen_in_one_way() -> None:
     with pytest.raises(InvalidOption) as caught:
         Ranks(Fixed(2), noise=True, budget=-1, minimum=4, maximum=2)

@@ -259,3 +259,10 @@ def test_numbers_that_are_none_are_told(adapter: Path, zoo: Path) -> None:
     assert [adapter.by_parameters for adapter in found.adapters] == [
         *["its change has NaN, infinity, or numbers that are too large for float32"] * 2, ""
     ]  # fmt: skip
+
+
+def test_a_scaling_that_a_manifest_has_no_number_for_is_one_like_others(adapter: Path, zoo: Path) -> None:
+    variant(adapter, zoo / "one", lora_alpha=2**60)
+    variant(adapter, zoo / "two", lora_alpha=2**60)
+    variant(adapter, zoo / "three", lora_alpha=2**61)
+    assert [group.paths for group in find(zoo).duplicates] == [("one", "two")]

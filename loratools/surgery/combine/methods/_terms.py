@@ -71,8 +71,8 @@ class MethodOptions:
         checked.real("density", self.density, lambda x: 0 < x <= 1, f"{share}, above 0 and at most 1")
         checked.real("gamma", self.gamma, lambda x: 0 <= x < 1, f"{share}, at least 0 and below 1")
         checked.real("epsilon", self.epsilon, lambda x: True, "a finite number")
-        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**53):
-            checked.problems.append(f"seed is {self.seed!r}; it lies between 0 and 2^53 - 1")
+        if self.seed is not None:
+            checked.seed("seed", self.seed)
         if self.like is not None:
             checked.word("like", self.like, Library)
         for name, value in {"normalize": self.normalize, "rescale": self.rescale}.items():
