@@ -17,6 +17,8 @@ _SHOWN = 20  # names and rows that a notebook shows
 
 HEADER = "metadata"
 """The setting that holds the entries of the header that an adapter's file had: trigger words, tags, a thumbnail."""
+MOST_LAYERS = 4096
+"""Layers that an adapter may ask for; the largest models have some hundred."""
 
 
 @dataclass(frozen=True, slots=True)

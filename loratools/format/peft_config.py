@@ -68,6 +68,9 @@ def derive_config(adapter: Adapter) -> dict[str, Any]:
         "use_rslora": rslora,
     }
     config |= {name: settings[name] for name in _CARRIED if settings.get(name)}
+    stacked = sorted({_path(module, update) for module, update in updates.items() if update.layout.get("parameter")})
+    if manifest.unmatched(stacked, config.get("target_parameters") or ()):  # a sealed file says it in its modules alone
+        config["target_parameters"] = stacked
     if rows:
         config["trainable_token_indices"] = rows
     for update in updates.values():

@@ -19,7 +19,7 @@ from loratools.adapter.model import Adapter, BaseIdentity
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.resolve import resolve
 from loratools.errors import IncompatibleAdapter, InvalidFormat, LoraToolsError, UnsupportedAdapter
-from loratools.format import manifest, reader, validate
+from loratools.format import manifest, reader, validate, writer
 from loratools.format.clauses import Subject
 from loratools.storage import digest, files
 from loratools.storage.checkpoint import Checkpoint
@@ -55,6 +55,15 @@ def test_second_reader_prints_the_expected_numbers(name: str) -> None:
 @pytest.mark.parametrize("name", cases("valid"))
 def test_validator_finds_no_problem(name: str) -> None:
     assert validate.validate(adapter_of("valid", name)) == []
+
+
+@pytest.mark.parametrize("form", ["folder", "one.safetensors"])
+@pytest.mark.parametrize("name", cases("valid"))
+def test_what_is_read_can_be_written_again_in_either_form(name: str, form: str, tmp_path: Path) -> None:
+    path = adapter_of("valid", name)
+    writer.write(reader.read(path), tmp_path / form)
+    assert validate.validate(tmp_path / form) == []
+    assert second.read(tmp_path / form) == second.read(path)
 
 
 @pytest.mark.parametrize("name", [name for name in cases("valid") if name != "linear/bias"])

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loratools.adapter.model import Adapter
+from loratools.adapter.model import MOST_LAYERS, Adapter
 from loratools.errors import IncompatibleAdapter
 from loratools.storage.checkpoint import Checkpoint
 
@@ -40,13 +40,18 @@ def replicated(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
     matches = {name: match for name in base.specs if (match := _LAYER.fullmatch(name))}
     lists = sorted({match[1] for match in matches.values()})
     count = 1 + max((int(match[2]) for match in matches.values()), default=-1)
-    order = [layer for start, stop in ranges[0] for layer in range(start, stop)]
-    if len(lists) != 1 or max(order) >= count:
+    highest, wanted = max(stop for _, stop in ranges[0]) - 1, sum(stop - start for start, stop in ranges[0])
+    if len(lists) != 1 or highest >= count:
         raise IncompatibleAdapter(
-            f"{base.path}: the adapter repeats layers up to {max(order)} of one list of layers",
+            f"{base.path}: the adapter repeats layers up to {highest} of one list of layers",
             [f"the base has {count} layers in {', '.join(lists)}" if lists else "the base has no list of layers"],
             hint="Use the base that the adapter was trained on.",
         )
+    if wanted > MOST_LAYERS:
+        raise IncompatibleAdapter(
+            f"the adapter is for a model of {wanted} layers; {MOST_LAYERS} is the most there can be"
+        )
+    order = [layer for start, stop in ranges[0] for layer in range(start, stop)]
     copies: dict[int, list[int]] = {}
     for new, old in enumerate(order):
         copies.setdefault(old, []).append(new)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from loratools.adapter.model import BaseIdentity
+from loratools.adapter.model import MOST_LAYERS, BaseIdentity
 from loratools.dialects._frame.numbers import is_number
 from loratools.errors import BadFile, counted
 
@@ -23,8 +23,6 @@ LATER = frozenset({
     "monteclora_config", "velora_config", "kasa_config", "lora_B_layout", "unsloth_fused_expert_lora",
 })  # fmt: skip
 """Fields that came with `peft_version` in PEFT 0.18, or later, and Unsloth's; PEFT writes its own also where null."""
-
-_LAYERS = 4096  # layers that a config may ask for; the largest models have some hundred
 
 Test = Callable[[Any], bool]
 
@@ -52,7 +50,7 @@ def indices(value: Any) -> bool:
 
 def _ranges(value: Any) -> bool:
     pairs = isinstance(value, list) and all(indices(pair) and len(pair) == 2 and pair[0] < pair[1] for pair in value)
-    return pairs and sum(stop - start for start, stop in value) <= _LAYERS
+    return pairs and sum(stop - start for start, stop in value) <= MOST_LAYERS
 
 
 def _is(kind: type | UnionType) -> Test:
@@ -81,7 +79,7 @@ TYPES: dict[str, tuple[Test, str]] = {
         "token indices, or names to token indices",
     ),
     "auto_mapping": (_is(dict), "an object"),
-    "layer_replication": (_ranges, f"pairs [start, stop] of layers, {_LAYERS} at most in all"),
+    "layer_replication": (_ranges, f"pairs [start, stop] of layers, {MOST_LAYERS} at most in all"),
     "lora_dropout": (is_number, "a number"),
     **dict.fromkeys(("base_model_name_or_path", "revision", "task_type", "peft_type"), (_is(str), "a string")),
 } | dict.fromkeys(
