@@ -21,7 +21,7 @@ ELSEWHERE = {
     "adapter/kinds/test_parts": "adapter: parts",
     "adapter/naming/image/test_readings": "adapter/naming/image: components patterns",
     "adapter/placement/test_image": "adapter/naming/image: groups models rename translate",
-    "adapter/placement/test_resolve": "adapter/placement: layers settle whole",
+    "adapter/placement/test_resolve": "adapter/placement: settle whole",
     "adapter/placement/test_tied": "adapter/placement: apart shared spread",
     "cli/test_unsealed": "cli: convert validate",
     "cli/test_examples": "cli: combine compare completion convert demo dequantize dialects edit estimate gather hash "

@@ -85,8 +85,7 @@ def _rows(value: Any) -> bool:
 _LAYOUT: Mapping[type, Form] = {
     bool: FLAG, int: COUNT, str: TEXT, float: REAL, list: (_rows, "different integers from 0"),
 }  # fmt: skip
-_OF_ANY: Mapping[str, type] = {"transposed": bool, "experts": int, "parameter": str}
-"""Fields of a layout that are as the table says in a module of any kind."""
+_OF_ANY: Mapping[str, type] = {"transposed": bool, "experts": int, "parameter": str}  # in modules of any kind
 _NAMES: Form = (_sorted_names, "a sorted list of different non-empty strings")
 _OBJECT: Form = (lambda value: isinstance(value, dict), "an object")
 _OBJECTS: Form = (
@@ -132,11 +131,8 @@ def modules(subject: Subject) -> Iterator[Fault]:
     if not isinstance(value, dict) or not value:
         yield "modules", f"expected an object with at least one module, found {shown(value)}"
         return
-    yield from (
-        (path, f"expected an object, found {shown(entry)}")
-        for path, entry in value.items()
-        if not isinstance(entry, dict)
-    )
+    strays = [(path, entry) for path, entry in value.items() if not isinstance(entry, dict)]
+    yield from ((path, f"expected an object, found {shown(entry)}") for path, entry in strays)
 
 
 @CHAPTER.clause("M-10")
