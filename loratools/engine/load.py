@@ -32,11 +32,17 @@ _UNSIGNED = bytes(byte & 0x7F for byte in range(256))  # the last byte of a numb
 
 
 def is_wide(change: Change, dtype: str) -> bool:
-    """Tell whether a tensor is to be changed in float64: where the base's or the output's `dtype` is.
+    """Tell whether a tensor is to be changed in float64: where the base's or the output's `dtype` is, or a factor's.
 
     And where updates act one on the other's result, for float32 would lose digits at each step.
     """
-    return "F64" in (change.source.dtype, dtype) or _in_turn(change)
+    return "F64" in (change.source.dtype, dtype) or _has_float64(change) or _in_turn(change)
+
+
+def _has_float64(change: Change) -> bool:
+    """Tell whether an update has tensors in float64, whose numbers float32 need not hold although it holds ΔW."""
+    parts = (lazy for _, placement in change.placements for lazy in placement.update.parts.values())
+    return any(lazy.dtype == "F64" for lazy in parts)
 
 
 def _in_turn(change: Change) -> bool:
@@ -245,7 +251,7 @@ def _acts(placement: Placement, weight: float) -> bool:
     if factors is None or not is_stored(factors):
         import torch
 
-        return not placement.update.term(placement.site, weight, torch.float32, torch.device("cpu")).is_zero()
+        return not placement.update.term(placement.site, weight, torch.float64, torch.device("cpu")).is_zero()
     if factors.magnitude is not None:
         return True
     if weight * factors.scale == 0:

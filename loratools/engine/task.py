@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -85,9 +86,13 @@ class TensorResult:
 
 
 def retention(results: Sequence[TensorResult]) -> float | None:
-    """Return ⟨W' − W, ΔW⟩/‖ΔW‖² over tensors, the part of the change that survived; None where nothing was measured."""
+    """Return ⟨W' − W, ΔW⟩/‖ΔW‖² over tensors, the part of the change that survived; None where nothing was measured.
+
+    A float64 change beyond 1e154 is not: no float64 holds its square.
+    """
     total = sum(result.total for result in results)
-    return sum(result.retained for result in results) / total if total else None
+    kept = sum(result.retained for result in results)
+    return kept / total if total and math.isfinite(total) and math.isfinite(kept) else None
 
 
 @dataclass(frozen=True, slots=True)

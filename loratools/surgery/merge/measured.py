@@ -48,7 +48,8 @@ class Measured:
     @property
     def by_tensor(self) -> dict[str, float]:
         """The same for each changed tensor."""
-        return {result.name: result.retained / result.total for result in self.results if result.total}
+        each = {result.name: retention([result]) for result in self.results}
+        return {name: kept for name, kept in each.items() if kept is not None}
 
     @property
     def verified(self) -> int:
