@@ -90,7 +90,7 @@ class Product:
 
     def leading(self, rank: int) -> tuple[FactoredSVD, float]:
         svd = factored_svd(self.B, self.A)
-        return svd, float(torch.linalg.vector_norm(svd.S))
+        return svd, math.hypot(*svd.S.tolist())
 
     def sigma(self) -> Tensor:
         return singular_values(self.B, self.A)

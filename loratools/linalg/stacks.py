@@ -23,6 +23,9 @@ _ONE_PASS, _TWO_PASSES = 1e5, 1e8
 """Squared condition of unit columns up to which one pass, and two, are as good as a QR."""
 
 
+LEAST = 1e-140
+"""Lengths between this and its inverse have squares with all their digits, and sums of these are finite."""
+NO_SQUARES = "its factors, or its change, are too large or too small: float64 does not hold their squares"
 NUMBERS = 1 << 19
 """Of the factors of one stack, at most, unless one product has more: 4 MB in float64."""
 
@@ -87,9 +90,10 @@ class Decomposition:
     """The thin SVDs of a stack of products, without their long sides: `balanced` makes those.
 
     `sigma` (n, k) are the singular values, descending; `ranks` (n,) how many of each are more than the rounding of
-    terms as large as Σⱼ‖bⱼ‖·‖aⱼ‖. `grams` are BᵀB and AAᵀ (n, r, r), and `finite` (n,) tells where these
-    are finite; elsewhere there is nothing. `changes` (n, r, k) and (n, k, r) make the long sides: B·change is U√Σ and
-    change·A is √ΣVᵀ; of products for which no change is as exact `made` has those themselves.
+    terms as large as Σⱼ‖bⱼ‖·‖aⱼ‖. `grams` are BᵀB and AAᵀ (n, r, r), and `finite` (n,) tells where these, and σ², are
+    neither beyond float64 nor so near to zero that it loses digits; elsewhere there is nothing. `changes` (n, r, k) and
+    (n, k, r) make the long sides: B·change is U√Σ and change·A is √ΣVᵀ; of products for which no change is as exact
+    `made` has those themselves.
     """
 
     sigma: Array
@@ -123,7 +127,8 @@ class Decomposition:
 def decompose(B: Array, A: Array) -> Decomposition:
     """Return the SVDs of B·A for stacks B (n, out, r) and A (n, r, in) in float64.
 
-    Where an element is NaN or infinite, or its square is, nothing is `finite`, and the rest is that of zeros.
+    Where an element is NaN or infinite, or float64 does not hold the squares, nothing is `finite`, and the rest is that
+    of zeros.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         return _decomposed(B, A)
@@ -135,7 +140,7 @@ def _decomposed(B: Array, A: Array) -> Decomposition:
     At = A.transpose(0, 2, 1)
     grams = B.transpose(0, 2, 1) @ B, A @ At
     lengths = [np.sqrt(np.einsum("nii->ni", gram)) for gram in grams]
-    finite = np.isfinite(lengths[0]).all(-1) & np.isfinite(lengths[1]).all(-1)
+    finite = _all_fit((B, At), lengths)
     floor = np.where(finite, _EPS * max(out, columns) * _sums(lengths[0] * lengths[1]), 0.0)
     k = min(out, r, columns)
     sigma, changes, made = np.zeros((n, k)), (np.zeros((n, r, k)), np.zeros((n, k, r))), {}
@@ -157,6 +162,27 @@ def _decomposed(B: Array, A: Array) -> Decomposition:
     changes[0][np.broadcast_to(beyond[:, None, :], changes[0].shape)] = 0.0
     changes[1][np.broadcast_to(beyond[:, :, None], changes[1].shape)] = 0.0
     return Decomposition(sigma, ranks, grams, finite, changes, made)
+
+
+def squares_fit(norm: float, terms2: float) -> bool:
+    """Tell whether float64 holds the squares of a change, with ‖ΔW‖_F = `norm` and `terms2` those of its terms.
+
+    Example:
+        >>> squares_fit(1e-200, 0.0), squares_fit(0.0, 0.0), squares_fit(2.0, 4.0)
+        (False, True, True)
+    """
+    return norm == terms2 == 0 or (norm < 1 / LEAST and LEAST**2 < terms2 < 1 / LEAST**2)
+
+
+def _all_fit(sides: tuple[Array, Array], lengths: Sequence[Array]) -> Array:
+    """Tell of which products (n,) float64 holds all squares: of the factors' columns, and of B·A; zeros are held."""
+    left, right = (length.max(-1, initial=0.0) for length in lengths)  # NaN and infinity stay what they are
+    fit = np.ones(len(left), bool)
+    for size in (left, right, left * right):
+        fit &= (size == 0) | ((size > LEAST) & (size < 1 / LEAST))
+    for i in np.flatnonzero((left == 0) | (right == 0)):
+        fit[i] &= all(length[i].any() or not X[i].any() for X, length in zip(sides, lengths, strict=True))
+    return fit
 
 
 def singular_values(B: Array, A: Array) -> tuple[Array, Array]:

@@ -54,6 +54,11 @@ def narrows(source: str, target: str) -> bool:
     return largest > most or least < fewest or (largest == most and MANTISSA[source] > MANTISSA[target])
 
 
+def holders(dtype: str) -> str:
+    """Return which float dtypes hold numbers that `dtype` does not, as a sentence says it."""
+    return "BF16 and F32 hold them" if dtype == "F16" else "F64 holds them"
+
+
 def smallest(dtype: str) -> float:
     """Return the smallest number above zero that a float dtype holds: the step between numbers around zero."""
     return 2.0 ** _RANGE[dtype][1]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.adapter import low_rank
 from loratools.adapter.kinds import Update
@@ -18,6 +18,9 @@ from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location, session
 from loratools.surgery.change import ModuleChange, measurable
 from loratools.surgery.inputs import AdapterSource, Patterns
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHARES = (0.99, 0.999)
 """Shares of the energy for which the needed rank is given."""
@@ -73,8 +76,8 @@ class AdapterSpectrum:
 
     def kept(self, rank: int) -> float:
         """Return which share of Σ‖ΔW‖² the best changes of a rank keep, Σσᵢ² with i ≤ rank in each module; 1 for 0."""
-        kept = math.fsum(value * value for module in self.modules for value in module.sigma[:rank])
-        return kept / self.norm**2 if self.norm else 1.0
+        kept = math.hypot(*(value for module in self.modules for value in module.sigma[:rank]))
+        return (kept / self.norm) ** 2 if self.norm else 1.0
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a plain dict for each module; `pandas.DataFrame(found.rows())` is a table of them.
@@ -140,7 +143,7 @@ def spectrum(
     modules = [_of(module, changes.modules[module], known.get(module), relative) for module in ordered]
     sizes = [sum(module.shape) for module in modules]
     return AdapterSpectrum(
-        tuple(modules), tuple(sorted(changes.left_out)), math.sqrt(math.fsum(module.norm**2 for module in modules)),
+        tuple(modules), tuple(sorted(changes.left_out)), math.hypot(*(module.norm for module in modules)),
         sum(module.parameters for module in modules),
         tuple(sum(m.needed[i] * size for m, size in zip(modules, sizes, strict=True)) for i in range(len(SHARES))),
         tuple(max((module.needed[i] for module in modules), default=0) for i in range(len(SHARES))),
@@ -174,22 +177,29 @@ def _of_products(changes: Mapping[str, ModuleChange]) -> dict[str, list[float]]:
 
 
 def _of(module: str, change: ModuleChange, known: Sequence[float] | None, relative: bool) -> ModuleSpectrum:
-    base_norm = math.sqrt(float(change.base().double().square().sum())) if relative and change.base else None
+    base_norm = _norm_of(change.base()) if relative and change.base else None
     kind, shape, rank, parameters = change.kind, change.shape, change.rank, change.parameters
     try:
         sigma: Sequence[float] = change.load().sigma().tolist() if known is None else known
     except ValueError as error:
         raise IncompatibleAdapter(f"{module}: {error}") from None
-    energy, lengths = math.fsum(value * value for value in sigma), math.fsum(sigma)
-    if energy == 0:
+    if not any(sigma):
         none = (0,) * len(SHARES)
         return ModuleSpectrum(module, kind, shape, rank, parameters, 0, 0.0, 0.0, 0.0, none, tuple(sigma), base_norm)
-    shares = [value / lengths for value in sigma if value > 0]
+    unit = [value / sigma[0] for value in sigma]  # of the largest: no square of one is beyond float64
+    energy, lengths = math.fsum(value * value for value in unit), math.fsum(unit)
+    shares = [value / lengths for value in unit if value > 0]
     return ModuleSpectrum(
-        module, kind, shape, rank, parameters, len(shares), math.sqrt(energy), energy / sigma[0] ** 2,
+        module, kind, shape, rank, parameters, len(shares), math.hypot(*sigma), energy,
         math.exp(-math.fsum(share * math.log(share) for share in shares)),
-        tuple(_needed(sigma, share * energy) for share in SHARES), tuple(sigma), base_norm,
+        tuple(_needed(unit, share * energy) for share in SHARES), tuple(sigma), base_norm,
     )  # fmt: skip
+
+
+def _norm_of(W: Tensor) -> float:
+    """Return ‖W‖_F in float64, of numbers whose squares that need not hold."""
+    largest = float(W.abs().max()) if W.numel() else 0.0
+    return largest * math.sqrt(float((W.double() / largest).square().sum())) if largest else 0.0
 
 
 def _needed(sigma: Sequence[float], energy: float) -> int:

@@ -21,6 +21,8 @@ from loratools.linalg.svd import krylov
 from loratools.linalg.svd.basis import FINE, LEFT, MODERATE, OFF, block_of, is_exact
 from loratools.linalg.svd.certificate import energy_beyond, excess_bound
 
+# Below this a sum of squares has lost digits in float64, or all of them; that of one float32 number is above it.
+_FEWEST = 1e-280
 # Below this share of ‖D‖² the residual is summed itself.
 _CANCELLED = LEFT
 # Below this float32 has no digits left for the residual; one step of subspace iteration in float64 then follows.
@@ -107,6 +109,8 @@ def truncated_svd(
             if bad
             else f"the squared norm of the {m} x {n} matrix is beyond float64; scale it down"
         )
+    if norm2 < _FEWEST and bool(D.any()):
+        raise ValueError(f"the squared norm of the {m} x {n} matrix is too near to zero for float64; scale it up")
     if norm2 == 0:
         nothing = torch.empty(0, dtype=torch.float64)
         return TruncatedSVD(D.new_empty(m, 0), nothing, D.new_empty(0, n), 0.0, 0.0, 0.0, 0.0, "zero", None, 0)

@@ -38,9 +38,10 @@ def lead(measured: AdapterSpectrum) -> str:
     energy: dict[str, float] = defaultdict(float)
     for projection, names in _by_projection([module.module for module in measured.modules]).items():
         members = set(names)
-        energy[projection] = math.fsum(module.norm**2 for module in measured.modules if module.module in members)
+        norms = (module.norm / measured.norm for module in measured.modules if module.module in members)
+        energy[projection] = math.fsum(norm**2 for norm in norms)
     first = max(energy, key=lambda projection: energy[projection])
-    share = energy[first] / measured.norm**2
+    share = energy[first]
     where = f"{share * 100:.0f} % of its change ‖ΔW‖² is in {first}; " if len(energy) > 1 else ""
     if not _products(measured.modules):
         most = max(module.rank for module in measured.modules)
@@ -70,7 +71,7 @@ def _products(modules: Iterable[ModuleSpectrum]) -> bool:
 
 def joint_norm(modules: Mapping[str, ModuleSpectrum]) -> Several:
     """Return what gives √Σ‖ΔW‖² of several modules."""
-    return lambda names: math.sqrt(math.fsum(modules[name].norm ** 2 for name in names))
+    return lambda names: math.hypot(*(modules[name].norm for name in names))
 
 
 def _strength(modules: Mapping[str, ModuleSpectrum]) -> Section:
@@ -84,8 +85,7 @@ def _strength(modules: Mapping[str, ModuleSpectrum]) -> Section:
     if relative := [name for name, module in modules.items() if module.base_norm]:
 
         def share(names: Sequence[str]) -> float:
-            base = math.fsum((modules[name].base_norm or 0.0) ** 2 for name in names)
-            return joint_norm(modules)(names) / math.sqrt(base)
+            return joint_norm(modules)(names) / math.hypot(*(modules[name].base_norm or 0.0 for name in names))
 
         figures.append(
             layer_map(

@@ -17,6 +17,7 @@ from loratools.adapter.naming.compact import natural
 from loratools.errors import IncompatibleAdapter, counted
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.linalg.ranks.rules import Spectrum, bounded
+from loratools.storage import dtypes
 from loratools.storage.lazy import LazyTensor
 
 
@@ -83,9 +84,9 @@ class Kept:
     def fault(self, dtype: str) -> str | None:
         """Return why a change cannot be stored in `dtype`, or None."""
         if not math.isfinite(self.rounding2):
-            return f"its factors have numbers beyond {dtype}; BF16 and F32 hold them (--dtype)"
+            return f"its factors have numbers beyond {dtype}; {dtypes.holders(dtype)} (--dtype)"
         if self.energy > 0 and self.rounding2 > 0.999 * self.energy:
-            return f"its factors are too small for {dtype} and would become zero; BF16 and F32 hold them (--dtype)"
+            return f"its factors are too small for {dtype} and would become zero; {dtypes.holders(dtype)} (--dtype)"
         return None
 
 

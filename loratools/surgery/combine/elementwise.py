@@ -18,6 +18,7 @@ from loratools.adapter.naming.compact import natural
 from loratools.engine.device import computing
 from loratools.engine.lane import Lane
 from loratools.errors import LoraToolsError
+from loratools.linalg import stacks
 from loratools.linalg.factored import factored_svd, rounding2, squared_norm
 from loratools.linalg.ranks.rules import Fixed, RankRule
 from loratools.linalg.svd.truncated import truncated_svd
@@ -33,6 +34,8 @@ from loratools.surgery.combine.methods import Merge
 from loratools.surgery.combine.methods._chance import AsPeft, Seeded
 from loratools.surgery.combine.methods._terms import Chance, MethodOptions, Term, Terms
 from loratools.surgery.combine.options import CombineOptions
+
+_LEAST = 1e-36  # of a change in float32, whose least number with all its digits is 1e-38
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +98,8 @@ def settle(
                 ]
                 merged = merge(terms, options, chance) if terms else None
                 size = sum(abs(term.weight) * float(squared_norm(term.left, term.right)) ** 0.5 for term in terms)
+                if isinstance(merged, Tensor) and not _is_held(merged, terms, size):
+                    raise ValueError(f"its change is too large or too small for float32, which {options.method} takes")
                 of_each.append(None if merged is None else _decompose(merged, rule, size))
         except (LoraToolsError, ValueError) as error:
             problems[module] = str(error)
@@ -146,16 +151,24 @@ def _rule(members: Sequence[Member], options: CombineOptions) -> RankRule:
     return Fixed(max(own) if options.like == "peft" else sum(own))
 
 
+def _is_held(merged: Tensor, terms: Terms, size: float) -> bool:
+    """Tell whether float32 holds what a method made of terms in it, whose norms add up to `size`."""
+    acting = size > 0 or any(bool(term.left.any()) and bool(term.right.any()) for term in terms)
+    return bool(merged.isfinite().all()) and (size > _LEAST or not acting)
+
+
 def _decompose(change: tuple[Tensor, Tensor] | Tensor, rule: RankRule, size: float) -> _Decomposed | None:
     """Return the singular value decomposition of a change, or None if it is zero.
 
-    Raises `ValueError` where numbers are not finite.
+    Raises `ValueError` where numbers are not finite, or their squares are none of float64's.
     """
     if isinstance(change, tuple):
         svd = factored_svd(*change)
         rank = int(svd.rank())
         if not rank:
             return None
+        if not stacks.LEAST < float(svd.S[0]) < 1 / stacks.LEAST:
+            raise ValueError(stacks.NO_SQUARES)
         left, right, _ = svd.truncated(rank)
         norm2 = math.fsum(sigma * sigma for sigma in svd.S.tolist())
         return _Decomposed(Change(tuple(svd.S[:rank].tolist()), norm2, 0.0, _sides(left, right), size), left, right)

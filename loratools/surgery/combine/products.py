@@ -226,4 +226,4 @@ def _not_finite(module: _Module) -> str:
             for name, factor in (("B", left), ("A", right)):
                 if not np.isfinite(factor).all():
                     return f"adapter {adapter + 1} has NaN or infinite elements in factor {name}"
-    return "its factors are too large: float64 does not hold their squares"
+    return stacks.NO_SQUARES

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from loratools.adapter.naming.compact import natural
 from loratools.adapter.naming.wrappers import normalized
 from loratools.errors import IncompatibleAdapter
+from loratools.linalg.stacks import NO_SQUARES, squares_fit
 from loratools.options import Options
 from loratools.parallel import cores, each
 from loratools.storage.checkpoint import Checkpoint
@@ -107,7 +108,7 @@ def compare(
         + math.fsum(changes[side][module].load().norm2() for module in only[side])
         for side in (0, 1)
     ]
-    scale, total = math.sqrt(squares[0] * squares[1]), math.fsum(inner)
+    scale, total = math.sqrt(squares[0]) * math.sqrt(squares[1]), math.fsum(inner)
     distance2 = max(squares[0] - 2 * total + squares[1], 0.0)
     return Comparison(
         modules, only, (math.sqrt(squares[0]), math.sqrt(squares[1])), total / scale if scale else 0.0,
@@ -117,13 +118,18 @@ def compare(
 
 
 def _module(name: str, changes: tuple[ModuleChange, ModuleChange], seed: int | None) -> tuple[ModuleComparison, float]:
-    """Return what is measured of one module, and ⟨ΔW₁, ΔW₂⟩; with a seed also what the paper shows beside."""
+    """Return what is measured of one module, and ⟨ΔW₁, ΔW₂⟩; with a seed also what the paper shows beside.
+
+    Raises `ValueError` where float64 does not hold the squares.
+    """
     from loratools.linalg.similarity import principal_angles
     from loratools.surgery.paper import beside, grid
 
     deltas = changes[0].load(), changes[1].load()
     measured = [delta.leading(change.rank or _LEADING) for delta, change in zip(deltas, changes, strict=True)]
     (first, first_norm), (second, second_norm) = measured
+    if not all(squares_fit(norm, delta.terms2()) for (_, norm), delta in zip(measured, deltas, strict=True)):
+        raise ValueError(NO_SQUARES)
     ranks = int(first.rank()), int(second.rank())
     inner, scale = deltas[0].inner(deltas[1]), first_norm * second_norm
     inputs = first.Vh[: ranks[0]], second.Vh[: ranks[1]]

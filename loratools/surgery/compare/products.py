@@ -35,7 +35,8 @@ def of_products(
             left, right, scales = low_rank.stacked([products[side] for _, *products in batch])
             sides.append(stacks.side_by_side([(np.array(scales), left, right)]))
         (B1, A1), (B2, A2) = sides
-        inner = ((B1.transpose(0, 2, 1) @ B2) * (A1 @ A2.transpose(0, 2, 1))).sum((1, 2)).tolist()
+        with np.errstate(invalid="ignore", over="ignore"):  # of products that are not finite, which are left out
+            inner = ((B1.transpose(0, 2, 1) @ B2) * (A1 @ A2.transpose(0, 2, 1))).sum((1, 2)).tolist()
         svds = [stacks.decompose(B, A) for B, A in sides]
         norms = [np.sqrt(np.square(svd.sigma).sum(1)).tolist() for svd in svds]
         found: list[tuple[ModuleComparison, float]] = []

@@ -15,7 +15,7 @@ from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.tied import onto_stored
 from loratools.adapter.placement.weight import base_matrix, by_module
 from loratools.adapter.placement.whole import resolve_replacements
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import BadFile, IncompatibleAdapter
 from loratools.linalg.precision import full_float32
 from loratools.linalg.svd.truncated import residual2, truncated_svd
 from loratools.options import Options
@@ -173,7 +173,11 @@ class _Work:
         B, A = load(update)
         error2 = residual2(D, B, A)
         known = (module, update.kind, update.shape, update.rank, update.rank * sum(D.shape))
-        best = truncated_svd(D.float(), min(update.rank, *D.shape), seed=self.seed)
+        stored = {self.base.specs[place.site.tensor].dtype for place in sites} | {spec.dtype for spec in tuned}
+        try:
+            best = truncated_svd(D if "F64" in stored else D.float(), min(update.rank, *D.shape), seed=self.seed)
+        except ValueError as error:
+            raise BadFile(f"{module}: {error}") from None
         if best.norm2 == 0:
             return Layer(*known, base_norm2**0.5, *(0.0,) * 7), 0.0
         certificate = layer(

@@ -50,7 +50,7 @@ class ModelChanges:
     @property
     def norm(self) -> float:
         """Return √Σ‖W' − W‖²."""
-        return math.sqrt(math.fsum(tensor.norm**2 for tensor in self.tensors))
+        return math.hypot(*(tensor.norm for tensor in self.tensors))
 
 
 def changes(

@@ -120,7 +120,7 @@ def _stored2(D: torch.Tensor, svd: TruncatedSVD, factors: tuple[torch.Tensor, to
     wanted, root = dtypes.to_torch(dtype), svd.S.sqrt().to(D.device)
     B, A = (factor.to(wanted) for factor in factors)
     if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
-        raise LoraToolsError(f"its factors have numbers beyond {dtype}; BF16 and F32 hold them (--dtype)")
+        raise LoraToolsError(f"its factors have numbers beyond {dtype}; {dtypes.holders(dtype)} (--dtype)")
     if svd.error2 <= _AT_ROUNDING * svd.norm2:  # the two roundings are of one size then, and not independent
         return residual2(D, B, A) - svd.error2
     if B.dtype == svd.U.dtype and _all_digits(float(svd.S[-1])):

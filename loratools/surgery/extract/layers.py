@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-_MOST = 1e300  # a number of a certificate that a file states
+_MOST = 1e140  # a number of a certificate that a file states: their squares are added up
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import numpy as np
 from loratools.errors import BadFile
 from loratools.linalg.native import delta
 from loratools.linalg.ranks.noise import UNITS, ulp, unit_squares
+from loratools.linalg.stacks import LEAST
 from loratools.parallel import Progress, one_torch_thread
 from loratools.storage import digest, dtypes, files
 from loratools.storage.checkpoint import values
@@ -102,7 +103,7 @@ def read_delta(
     codes, which are compared by them. `hashers` take in
     what is read of base and fine-tune, for digests of more than these.
 
-    Raises `BadFile` where a number is NaN or infinite.
+    Raises `BadFile` where a number is NaN or infinite, or float64 does not hold the squares of a change.
     """
     own = [values.start(spec) for spec in (base, tuned)]
     if base.encoding is tuned.encoding is None and (base.dtype, base.shape) == (tuned.dtype, tuned.shape):
@@ -142,6 +143,8 @@ def read_delta(
         if change2 and not keep:
             rows += (np.flatnonzero(target.any(1)) + start).tolist()
         progress(sum(len(piece) for piece in raw))
+    if wide is np.float64 and own[0] is not own[1] and not (norm2 > LEAST**2 and base_norm2 + norm2 < 1 / LEAST**2):
+        _refuse_extremes(base, tuned, columns)
     if norm2 and not (norm2 < math.inf and base_norm2 < math.inf):
         wrong = tuned if base_norm2 < math.inf else base
         raise BadFile(f"NaN or infinity in {wrong.file}, so the change has no norm")
@@ -152,6 +155,27 @@ def read_delta(
     if not norm2:
         D = low = None
     return Delta(base_norm2, norm2, tuple(rows), (old, new), noise2, D, low, lost2)
+
+
+def _refuse_extremes(base: TensorSpec, tuned: TensorSpec, columns: int) -> None:
+    """Raise `BadFile` where all numbers are finite and differ, but float64 does not hold their squares."""
+    import torch
+
+    largest = change = 0.0
+    for _, _, pieces in files.row_pieces((base, tuned), columns, TILE):
+        before, after = (
+            torch.frombuffer(piece, dtype=dtypes.to_torch(spec.dtype)).double()
+            for piece, spec in zip(pieces, (base, tuned), strict=True)
+        )
+        if not (bool(before.isfinite().all()) and bool(after.isfinite().all())):
+            return
+        largest = max(largest, float(before.abs().max()), float(after.abs().max()))
+        change = max(change, float((after - before).abs().max()))
+    if change:
+        raise BadFile(
+            f"numbers of up to {largest:.3g} in {tuned.file}, which change by up to {change:.3g}: float64 does not "
+            "hold the squares of such numbers, so the change has no norm"
+        )
 
 
 def _equal(raw: list[memoryview]) -> bool:

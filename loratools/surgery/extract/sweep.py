@@ -17,6 +17,7 @@ from loratools.parallel.shared import shared
 from loratools.storage import digest, files
 from loratools.storage.checkpoint import Checkpoint, values
 from loratools.storage.checkpoint.logical import encodings
+from loratools.storage.dtypes import holders
 from loratools.storage.header import TensorSpec
 from loratools.surgery.extract.assemble import Outcome
 from loratools.surgery.extract.factor import Factored, factor, factor_stack, is_sparse, row_factors
@@ -121,7 +122,7 @@ class Sweep:
                 f"the factors of {counted(len(gone), 'module')} are too "
                 f"small for {self.options.stored}: they would become zero",
                 gone,
-                hint="BF16 and F32 hold them (--dtype).",
+                hint=f"{holders(self.options.stored)} (--dtype).",
             )
         if worse := sorted((path for path, share in lost.items() if share > _USUAL_ROUNDING), key=lambda p: -lost[p]):
             warned(

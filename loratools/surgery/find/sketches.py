@@ -24,6 +24,7 @@ from loratools.format.canonical import canonical, said
 from loratools.format.digest import tensor_digests
 from loratools.linalg.delta import Delta
 from loratools.linalg.sketch import sketch
+from loratools.linalg.stacks import NO_SQUARES, squares_fit
 from loratools.storage import dtypes
 from loratools.storage.digest import root
 from loratools.storage.lazy import LazyTensor, chunks_of_all, in_order_of_files
@@ -126,10 +127,13 @@ def sketched(adapter: Adapter, name: str, warnings: Sequence[str] = ()) -> tuple
     changes = alone(canonically_named(adapter))
     reason = _reason(changes)
     modules = named(changes)
-    summed, rounding2 = (None, 0.0) if reason else _summed(modules, _unit_roundoff(adapter))
+    summed, terms2 = (None, 0.0) if reason else _summed(modules)
+    rounding2 = _unit_roundoff(adapter) ** 2 * terms2
     if summed is not None and not summed.isfinite().all():
         reason = "its change has NaN, infinity, or numbers that are too large for float32"
         summed, rounding2 = None, 0.0
+    if summed is not None and not (squares_fit(0.0, terms2) if terms2 else _are_zero(modules)):
+        reason, summed, rounding2 = NO_SQUARES, None, 0.0
     tensors = adapter.tensors().values()
     ranks = [update.rank for update in adapter.updates.values()]
     found = FoundAdapter(
@@ -149,7 +153,13 @@ def named(changes: Changes) -> dict[str, ModuleChange]:
     return {normalized(module): change for module, change in changes.modules.items()}
 
 
-def _summed(modules: Mapping[str, ModuleChange], unit_roundoff: float) -> tuple[Tensor, float]:
+def _are_zero(modules: Mapping[str, ModuleChange]) -> bool:
+    """Tell whether every change is zero, as a sum of squares alone does not tell."""
+    return not any(change.load().leading(1)[1] for change in modules.values())
+
+
+def _summed(modules: Mapping[str, ModuleChange]) -> tuple[Tensor, float]:
+    """Return the sketch of changes, and the sum of the squares of their terms."""
     terms2 = 0.0
 
     def loaded() -> Iterable[tuple[str, Delta]]:
@@ -160,7 +170,7 @@ def _summed(modules: Mapping[str, ModuleChange], unit_roundoff: float) -> tuple[
             yield module, delta
 
     summed = sketch(loaded()).float()
-    return summed, unit_roundoff**2 * terms2
+    return summed, terms2
 
 
 def _reason(changes: Changes) -> str:

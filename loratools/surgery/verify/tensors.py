@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import cast
 
 from loratools.engine.plan import MergePlan
-from loratools.parallel import Progress
+from loratools.parallel import Progress, no_progress
 from loratools.storage import dtypes, files
 from loratools.storage.codecs import Encoding
 from loratools.storage.header import TensorSpec
@@ -82,6 +83,8 @@ def check(plan: MergePlan, name: str, merged: TensorSpec, exact: bool, seed: int
     probes = probing.draw(plan, name, exact, seed)
     sums = survey(source, merged, probes, exact, progress)
     norm, strays, tally = sums.squares, sums.strays, sums.tally
+    if merged.dtype == "F64" and not (exact or math.isfinite(norm)):  # whose squares no float64 holds: by elements
+        return check(plan, name, merged, True, seed, no_progress)
     overlaps = zip(*(probe.overlaps() for probe in probes), strict=True)
     error, actual, expected, cross = (sum(parts) / probing.PROBES for parts in overlaps)
     of_weight = (error / norm) ** 0.5 if norm else 0.0
