@@ -35,7 +35,7 @@ from loratools.adapter.placement.codes import refuse_other_codes
 from loratools.decisions import decided, detailed, warned
 from loratools.engine.device import check as check_device
 from loratools.engine.device import computing
-from loratools.errors import IncompatibleAdapter, OutputRefused, counted
+from loratools.errors import IncompatibleAdapter, InvalidFormat, OutputRefused, counted
 from loratools.format import manifest
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.options import Arithmetic, Options
@@ -197,12 +197,16 @@ def extract(
         adapter, accounts, card, notes = assemble(base, tuned, pairing, outcomes, identity, hashes[1], options)
         _refuse_empty(base, tuned, accounts)
         target = scratch / (output.name if single else "adapter")
-        if single:
-            written, layout = write_single(adapter, accounts, base, tuned, target)
-            notes = (*notes, *layout)
-        else:
-            dialects.save_adapter(adapter, target)
-            written = dialects.open_adapter(target).settings[manifest.ORIGIN]["digest"]
+        try:
+            if single:
+                written, layout = write_single(adapter, accounts, base, tuned, target)
+                notes = (*notes, *layout)
+            else:
+                dialects.save_adapter(adapter, target)
+                written = dialects.open_adapter(target).settings[manifest.ORIGIN]["digest"]
+        except InvalidFormat as error:  # which speaks of what was asked for, not of where it is made
+            error.reword(lambda text: text.replace(str(target), str(output)))
+            raise
         spool.path.unlink()
         if not single:
             for file in sorted(target.iterdir()):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loratools.adapter.naming.selection import Selection
 from loratools.dialects import open_adapter
-from loratools.errors import IncompatibleAdapter
+from loratools.errors import IncompatibleAdapter, InvalidFormat
 from loratools.linalg.ranks.allocate import Ranks
 from loratools.linalg.ranks.rules import Energy, Fixed
 from loratools.storage.checkpoint import Checkpoint
@@ -366,3 +366,14 @@ def test_a_model_of_remote_code_built_of_conv1d(names: tuple[str, ...], tmp_path
     convert(tmp_path / "adapter", tmp_path / "peft", to="peft", allow_loss=True)
     again = restored(models[0], tmp_path / "peft", tmp_path / "by-peft")
     assert all(torch.allclose(again[name], tuned[name], atol=1e-5) for name in tuned)
+
+
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def test_a_refusal_of_the_format_names_the_output_and_no_scratch_folder(name: str, tmp_path: Path) -> None:
+    far = f"model.layers.0.{'q' * 600}.weight"
+    base, tuned = (save_base(tmp_path / side, {far: random(8, 8, seed=i)}) for i, side in enumerate(("base", "tuned")))
+    with pytest.raises(InvalidFormat, match="the limit is 512") as caught:
+        extract(base, tuned, tmp_path / name, 2)
+    assert str(caught.value).startswith(f"{tmp_path / name}: not a valid adapter")
+    assert "partial" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
