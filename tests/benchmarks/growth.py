@@ -12,10 +12,10 @@ FOLDER takes the models and adapters (2 GB at 8,000 modules; bases are sparse fi
     wrong     up to 8,000 modules, and a base that has none of them: every name is looked for among those alike
 
 Whole processes; seconds of processor, user and system, the least of the runs: what other work on the machine does to
-wall time is not in them. What the same command takes for an input of one layer (7 modules, 16 experts, 1,000 tensors)
-is its start, and is taken off: the exponent is the slope of a straight line through log(seconds − start) over
-log(size − size of the start), fitted to the sizes whose difference is 20 ms or more. Then follow wall seconds and peak
-memory at the largest.
+wall time is not in them. The sizes are run in turn, so that a drift of the machine bends no line. What the same command
+takes for an input of one layer (7 modules, 16 experts, 1,000 tensors) is its start, and is taken off: the exponent is
+the slope of a straight line through log(seconds − start) over log(size − size of the start), fitted to the sizes whose
+difference is 20 ms or more. Then follow wall seconds and peak memory at the largest.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.benchmarks.process import Runs, alternate
+from tests.benchmarks.process import alternate
 
 HERE = Path(__file__).parent
 RUN = [sys.executable, "-m", "loratools", "-q"]
@@ -85,10 +85,9 @@ def measure(name: str, points: Sequence[Point], count: int, only: Sequence[str] 
         output.with_suffix(".safetensors").unlink(missing_ok=True)
 
     for command in (each for each in points[0].commands if only is None or each in only):
-        taken: dict[int, Runs] = {}
-        for point in points:
-            line = {command: point.commands[command]}
-            taken[point.size] = alternate(line, count, prepare, accepts=point.accepts)[command]
+        by_size = {str(point.size): point.commands[command] for point in points}
+        runs = alternate(by_size, count, prepare, accepts=points[0].accepts)
+        taken = {int(size): of_size for size, of_size in runs.items()}
         first, *sizes = taken
         above = {size: taken[size].processor - taken[first].processor for size in sizes}
         shown = " · ".join(f"{seconds:.2f}" for seconds in above.values())
