@@ -206,6 +206,8 @@ def extract(
                 written = dialects.open_adapter(target).settings[manifest.ORIGIN]["digest"]
         except InvalidFormat as error:  # which speaks of what was asked for, not of where it is made
             error.reword(lambda text: text.replace(str(target), str(output)))
+            if alone := [each.path for each in accounts if each.outcome == "whole" and not each.module]:
+                error.hint = f"PEFT saves modules, and {alone[0]} is a parameter of none: leave it out (--exclude)."
             raise
         spool.path.unlink()
         if not single:

@@ -377,3 +377,15 @@ def test_a_refusal_of_the_format_names_the_output_and_no_scratch_folder(name: st
     assert str(caught.value).startswith(f"{tmp_path / name}: not a valid adapter")
     assert "partial" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
+
+
+def test_a_parameter_of_no_module_can_be_left_out_as_is_said(tmp_path: Path) -> None:
+    base, tuned = (
+        save_base(tmp_path / side, {"h.0.q.weight": random(8, 8, seed=i), "logit_scale": torch.tensor(float(i))})
+        for i, side in enumerate(("base", "tuned"))
+    )
+    with pytest.raises(InvalidFormat) as caught:
+        extract(base, tuned, tmp_path / "out", 2)
+    assert caught.value.hint == "PEFT saves modules, and logit_scale is a parameter of none: leave it out (--exclude)."
+    found = extract(base, tuned, tmp_path / "out", 2, selection=Selection(exclude=("logit_scale",)))
+    assert classes(found) == {"h.0.q.weight": "factored", "logit_scale": "dropped"}
