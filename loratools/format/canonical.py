@@ -51,6 +51,8 @@ def canonical(value: Any) -> str:
     """
     if isinstance(value, str):
         return _text(value)
+    if type(value) is float:  # before what takes long to tell
+        return _number(value)
     if isinstance(value, Mapping):
         if not all(isinstance(name, str) for name in value):
             raise ValueError("a JSON object has only strings as names")
@@ -139,9 +141,12 @@ def _number(value: int | float) -> str:
         raise ValueError(f"{value} is not a JSON number")
     if value.is_integer() and abs(value) < 2**53:
         return str(int(value))
+    usual = repr(value)
+    if 1e-4 <= abs(value) < 1e15:  # which Python writes without an exponent too
+        return usual
     from decimal import Decimal
 
-    sign, figures, exponent = Decimal(repr(value)).as_tuple()
+    sign, figures, exponent = Decimal(usual).as_tuple()
     digits = "".join(map(str, figures)).rstrip("0")
     point = len(figures) + int(exponent)  # the value is 0.digits * 10^point
     if len(digits) <= point <= 21:
