@@ -213,15 +213,15 @@ class Basis:
 def _orthonormal(W: Array, V: Array | None = None) -> Array | None:
     """Return an orthonormal basis of the columns of W (n, b), less what they have of V; None where they depend on it.
 
-    Block Gram-Schmidt, done twice, with sums in float64, then Cholesky's factor of WᵀW; and all of that once more where
-    columns depended on each other so much that it brought V back.
+    Block Gram-Schmidt, done twice, the second time with sums in float64, then Cholesky's factor of WᵀW; and all of that
+    once more where columns depended on each other so much that it brought V back.
     """
     for turn in range(3):
-        parts = []
+        parts: list[Array] = []
         for _ in range(0 if V is None else 2):
             assert V is not None
-            parts.append(delta.gram(V, W))
-            W = W - delta.times(V, parts[-1].astype(np.float32))
+            parts.append(delta.gram(V, W) if parts else delta.across(V, W))
+            W = W - delta.times(V, parts[-1].astype(np.float32, copy=False))
         G = delta.gram(W, W)
         if parts and turn == 0 and (G.diagonal() <= (16 * EPS) ** 2 * np.square(parts[0]).sum(0)).any():
             return None
