@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from loratools.errors import counted
 from loratools.linalg.factored import FactoredSVD, factored_svd, singular_values
 from loratools.linalg.svd.truncated import truncated_svd
 
@@ -105,7 +106,7 @@ class Dense:
     def __post_init__(self) -> None:
         if not bool(self.D.isfinite().all()):
             bad = int((~self.D.isfinite()).sum())
-            raise ValueError(f"the change {tuple(self.D.shape)} holds {bad} NaN or infinite elements")
+            raise ValueError(f"the change {tuple(self.D.shape)} holds {counted(bad, 'NaN or infinite element')}")
 
     @property
     def shape(self) -> tuple[int, int]:

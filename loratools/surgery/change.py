@@ -19,7 +19,6 @@ from loratools.adapter.gathered import gathered, under_one_naming
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._bias import BiasUpdate
 from loratools.adapter.model import Adapter
-from loratools.adapter.naming.compact import compact
 from loratools.adapter.naming.wrappers import Names, normalized
 from loratools.adapter.placement.layers import replicated
 from loratools.adapter.placement.resolve import Placement, resolve
@@ -42,6 +41,7 @@ from loratools.surgery.inputs import (
     open_asked,
     under_names_of,
 )
+from loratools.surgery.told import told
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,20 +102,7 @@ def measurable(
             [settled(adapter, Names(on.specs, on.config), on.shapes, on.config)[0] for adapter in fitted], names
         )
         found = [_on(on, adapter) for adapter in alike]
-    for name, changes in zip(names, found, strict=True):
-        _tell(name, changes)
-    return tuple(found)
-
-
-def _tell(name: str, changes: Changes) -> None:
-    for reasons, verb in ((changes.in_part, "measured"), (changes.left_out, "left out")):
-        by_reason: dict[str, list[str]] = defaultdict(list)
-        for module, reason in reasons.items():
-            by_reason[reason].append(module)
-        for reason, modules in by_reason.items():
-            targets = compact(modules)
-            shown = ", ".join(targets[:3]) + (", …" if len(targets) > 3 else "")
-            warned("%s: %s %s %s: %s", name, counted(len(modules), "module"), verb, reason, shown)
+    return tuple(told(name, changes) for name, changes in zip(names, found, strict=True))
 
 
 def alone(adapter: Adapter) -> Changes:
