@@ -52,7 +52,7 @@ def factored_svd(B: Tensor, A: Tensor) -> FactoredSVD:
 
     Raises ValueError when shapes do not match or an element is NaN or infinite.
     """
-    check(B, A)
+    _check(B, A)
     Q_B, R_B = torch.linalg.qr(B.double())
     Q_A, R_A = torch.linalg.qr(A.double().mT)
     # The core is small: on the host it takes as long as on a GPU, and converges.
@@ -66,7 +66,7 @@ def singular_values(B: Tensor, A: Tensor) -> Tensor:
     Values at the floor of `FactoredSVD` come back as 0, so that counting nonzero ones gives the true rank. Raises
     ValueError as `factored_svd` does.
     """
-    check(B, A)
+    _check(B, A)
     R_B, R_A = torch.linalg.qr(B.double(), mode="r")[1], torch.linalg.qr(A.double().mT, mode="r")[1]
     S: Tensor = torch.linalg.svdvals(R_B @ R_A.mT)
     return S.masked_fill(S.le(_floor(B, A, R_B, R_A)[..., None]), 0.0)
@@ -77,8 +77,8 @@ def inner_product(B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> Tensor:
 
     Raises ValueError when shapes do not match or an element is NaN or infinite.
     """
-    check(B1, A1)
-    check(B2, A2)
+    _check(B1, A1)
+    _check(B2, A2)
     if B1.shape[:-1] != B2.shape[:-1] or A1.shape[-1] != A2.shape[-1]:
         raise ValueError(f"an inner product needs updates of one shape, not {_shape(B1, A1)} and {_shape(B2, A2)}")
     left = B1.double().mT @ B2.double()
@@ -119,8 +119,7 @@ def _shape(B: Tensor, A: Tensor) -> str:
     return f"{tuple(B.shape)}·{tuple(A.shape)}"
 
 
-def check(B: Tensor, A: Tensor) -> None:
-    """Raise `ValueError` for factors whose shapes have no product, or that hold NaN or infinity."""
+def _check(B: Tensor, A: Tensor) -> None:
     if B.ndim < 2 or A.ndim < 2 or B.shape[-1] != A.shape[-2] or B.shape[:-2] != A.shape[:-2]:
         shapes = f"{tuple(B.shape)} and {tuple(A.shape)}"
         raise ValueError(f"factors must be B (..., out, r) and A (..., r, in), not {shapes}")

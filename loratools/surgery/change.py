@@ -41,7 +41,7 @@ from loratools.surgery.inputs import (
     open_asked,
     under_names_of,
 )
-from loratools.surgery.told import told
+from loratools.surgery.inputs.told import finite, tell
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +102,13 @@ def measurable(
             [settled(adapter, Names(on.specs, on.config), on.shapes, on.config)[0] for adapter in fitted], names
         )
         found = [_on(on, adapter) for adapter in alike]
-    return tuple(told(name, changes) for name, changes in zip(names, found, strict=True))
+    for name, changes in zip(names, found, strict=True):
+        tell(name, changes.in_part, changes.left_out)
+    return tuple(
+        replace(each, modules={m: replace(change, load=finite(f"{name}: {m}", change.load))
+                               for m, change in each.modules.items()})
+        for name, each in zip(names, found, strict=True)
+    )  # fmt: skip
 
 
 def alone(adapter: Adapter) -> Changes:

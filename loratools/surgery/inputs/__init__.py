@@ -2,6 +2,7 @@
 
 opened   adapters and models, opened and checked, one where several are expected
 planned  what a verb would do, as far as headers tell
+told     what is said of an adapter's changes: what is not measured as it acts, numbers that are none
 asked    the dialect and the alpha of adapters, which of their modules count, what kind of model a base is
 """
 
