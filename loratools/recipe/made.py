@@ -75,12 +75,25 @@ def differs(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str | N
         return f"{', '.join(changed)} changed"
     old, new = _mapping(before.get("inputs")), now["inputs"]
     if changed := sorted(name for name in {**old, **new} if old.get(name) != new.get(name)):
-        return f"{', '.join(changed)} changed"
+        return f"{', '.join(_which(name, old.get(name), new.get(name)) for name in changed)} changed"
     old, new = _mapping(before.get("by")), now["by"]
     if changed := sorted(name for name in {**old, **new} if old.get(name) != new.get(name)):
         was = ", ".join(f"{name} was {json.dumps(old.get(name))}" for name in changed)
         return f"made by something else: {was}"
     return None
+
+
+def _which(name: str, old: Any, new: Any) -> str:
+    """Return the name of an input, and of several which ones are others: by their numbers, from 1.
+
+    >>> _which("adapters", ["a", "b", "c"], ["a", "x", "y"]), _which("adapters", ["a"], ["a", "b"])
+    ('numbers 2 and 3 of adapters', 'adapters')
+    """
+    if not (isinstance(old, list) and isinstance(new, list) and len(old) == len(new) > 1):
+        return name
+    numbers = [str(i) for i, (was, now) in enumerate(zip(old, new, strict=True), 1) if was != now]
+    which = f"numbers {', '.join(numbers[:-1])} and" if len(numbers) > 1 else "number"
+    return f"{which} {numbers[-1]} of {name}"
 
 
 def _mapping(value: Any) -> dict[str, Any]:

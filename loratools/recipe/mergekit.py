@@ -20,6 +20,7 @@ from typing import Any
 
 from loratools.adapter.parts import factors_of
 from loratools.errors import BadFile, UnsupportedAdapter, counted
+from loratools.linalg.ranks.rules import FULL
 from loratools.recipe.catalog import nearest
 from loratools.recipe.mergekit_fields import Entry, Fields
 from loratools.recipe.text import Items, Node, Table
@@ -46,7 +47,6 @@ _ELECTS = frozenset({"ties", "dare_ties", "della"})
 _NORMALIZES = frozenset({"linear", "ties", "della"})  # where nothing says otherwise
 _DTYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
 _TOP = frozenset({"merge_method", "base_model", "models", "parameters", "dtype", "out_dtype", "tokenizer_source"})
-_FULL_RANK = 1 << 20  # no module has more
 _EPSILON, _NOTHING = 0.15, 1e-8
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -136,7 +136,7 @@ class _Reader(Fields):
                 epsilon = self._one(listed, shared, "epsilon", _EPSILON)
                 step["epsilon"] = epsilon if step["density"] < 1 else 0.0
             step |= {"normalize": normalize} if name in _ELECTS else {}
-            step |= {"rescale": rescale, "rank": _FULL_RANK}
+            step |= {"rescale": rescale, "rank": FULL}
             self.notes.append(
                 "the combined adapter has the full rank, as mergekit's result has; a smaller rank cuts it"
             )

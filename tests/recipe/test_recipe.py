@@ -62,6 +62,16 @@ def test_steps_that_did_the_same_both_say_so(here: Path, capsys: pytest.CaptureF
         assert told.count(fact) == count, fact
 
 
+def test_the_one_of_several_inputs_that_changed_is_named(here: Path) -> None:
+    for name in "abc":
+        shutil.copytree("adapter", name)
+    steps = "steps:\n  sum: {command: combine, adapters: [a, b, c], check-base: 'off'}\n"
+    Path("sum.yaml").write_text(steps)
+    assert states(loratools.run_recipe("sum.yaml")) == ["made"]
+    (here / "b" / "adapter_config.json").write_text((here / "b" / "adapter_config.json").read_text() + " ")
+    assert whys(loratools.run_recipe("sum.yaml", dry_run=True)) == ["number 2 of adapters changed"]
+
+
 def test_a_recipe_is_piped_in(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["combine", "sealed", "-w", "0.5", "-o", "half"]) == 0
     capsys.readouterr()

@@ -9,7 +9,7 @@ from typing import Any
 
 from loratools.linalg.ranks import budget
 from loratools.linalg.ranks.noise import AboveNoise
-from loratools.linalg.ranks.rules import Bounded, Fixed, RankRule, bounded, check_bounds
+from loratools.linalg.ranks.rules import FULL, Bounded, Fixed, RankRule, bounded, check_bounds
 from loratools.options import Options
 
 Shapes = Sequence[tuple[int, int]]
@@ -68,12 +68,14 @@ class Ranks:
         >>> from loratools.linalg.ranks.rules import SvFro
         >>> str(Ranks(SvFro(0.9), uniform=True, maximum=6))
         'sv-fro 0.9, one rank for all modules, at most 6'
+        >>> str(Ranks(Fixed(FULL)))
+        'the full rank'
         """
         said = "above the noise" if self.noise else f"a budget of {self.budget} parameters"
         if self.rule is not None:
             values = " ".join(str(getattr(self.rule, each.name)) for each in fields(self.rule))  # type: ignore[arg-type]
             name = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(self.rule).__name__).lower()
-            said = f"{'rank' if name == 'fixed' else name} {values}"
+            said = f"{'rank' if name == 'fixed' else name} {values}" if values != str(FULL) else "the full rank"
         more = {
             "one rank for all modules": self.uniform, f"at least {self.minimum}": self.minimum != 1,
             f"at most {self.maximum}": self.maximum is not None,

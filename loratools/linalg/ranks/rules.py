@@ -47,6 +47,10 @@ class RankRule(Protocol):
         ...
 
 
+FULL = 1 << 20
+"""A rank that no matrix has: all of its singular values."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fixed:
     """Keep r singular values, or as many as there are."""
