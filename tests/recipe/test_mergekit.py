@@ -102,6 +102,7 @@ def test_what_is_drawn_has_the_norm_and_the_chances_of_mergekit(here: Path) -> N
 
 def test_the_translation_can_be_read_printed_and_changed(here: Path) -> None:
     (here / "m.yml").write_text(CONFIGURATIONS["ties"])
+    (here / "planned").mkdir()
     planned = loratools.run_recipe("m.yml", dry_run=True, folder="planned").steps[0]
     assert "the full rank" in " ".join(planned.lines)
     printed = loratools.recipe_of("m.yml").yaml
