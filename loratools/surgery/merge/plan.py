@@ -54,7 +54,8 @@ def plan_merge(
     whole = replaced(inputs, shapes, base.config)
     check_vocabulary(shapes, {name: spec.shape for name, spec in whole.items()})
     placements = _placements(inputs, shapes | {name: spec.shape for name, spec in whole.items()}, base)
-    written = as_written(base, {**placements, **whole}.keys() | untied.copies.values(), options.quantized, original)
+    touched = {**placements, **whole}.keys() | untied.copies.values()
+    written = as_written(base, touched, options.quantized, original, options.output_dtype)
     base = written.base
     specs = {**base.specs, **{new: base.specs[old] for new, old in untied.copies.items()}}
     sources = {**specs, **whole}

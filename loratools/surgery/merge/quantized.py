@@ -51,9 +51,12 @@ class Written:
 
 
 def as_written(
-    base: Checkpoint, touched: Collection[str], policy: Quantized, original: Checkpoint | None = None
-) -> Written:
+    base: Checkpoint, touched: Collection[str], policy: Quantized, original: Checkpoint | None = None,
+    dtype: str | None = None,
+) -> Written:  # fmt: skip
     """Decide what becomes of the codes of a base, of which adapters change the tensors `touched`.
+
+    What is no code any more is written in `dtype`, by default in the dtype that each module of codes stands for.
 
     With the `original`, which the base was quantized from, weights that become codes again begin as the original's: of
     a folded base it is the original in that basis (`surgery/folding`).
@@ -76,7 +79,7 @@ def as_written(
     if policy == "dequantize":
         _refuse_scaled_activations(base)
         after: dict[str, Any] | None = None
-        notes = [_note("written in 16 bit", every)]
+        notes = [_note(_in_bits(dtype), every, dtype)]
         if left := _left_as_codes(base):
             after = _with_plain(base, every, base) if statement(base.config) else None
             shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
@@ -85,7 +88,7 @@ def as_written(
         fields, dropped = with_statement(base.config, after)
         return Written(restated(base, fields, dropped), {}, fields, dropped, tuple(notes))
     if is_gguf(base) and changed:
-        return _of_gguf(base, changed, policy, original)
+        return _of_gguf(base, changed, policy, original, dtype)
     if is_gguf(base):
         return Written(_as_stored(base, ()), {}, {}, (), ())
     if base.origins:
@@ -108,7 +111,7 @@ def as_written(
         return Written(partly, recoded, {}, (), (_note(f"become codes again, {how}", changed),))
     fields, dropped = with_statement(base.config, _with_plain(stored, changed, partly))
     partly = restated(partly, fields, dropped)
-    return Written(partly, {}, fields, dropped, (_note(_partly(touched, changed), changed),))
+    return Written(partly, {}, fields, dropped, (_note(_partly(touched, changed, dtype), changed, dtype),))
 
 
 def _weights_of(original: Checkpoint | None, encodings: Mapping[str, Encoding]) -> dict[str, TensorSpec]:
@@ -121,8 +124,9 @@ def _weights_of(original: Checkpoint | None, encodings: Mapping[str, Encoding]) 
 
 
 def _of_gguf(
-    base: Checkpoint, changed: Mapping[str, Encoding], policy: Quantized, original: Checkpoint | None
-) -> Written:
+    base: Checkpoint, changed: Mapping[str, Encoding], policy: Quantized, original: Checkpoint | None,
+    dtype: str | None,
+) -> Written:  # fmt: skip
     """Return a GGUF base of which only the changed tensors get another type; each tensor of a file has its own.
 
     An original is a GGUF file too, which has names, and the rows of q and k, as the base has them.
@@ -134,7 +138,7 @@ def _of_gguf(
         )
     partly = _as_stored(base, changed)
     if policy == "partial":
-        return Written(partly, {}, {}, (), (_note("written in 16 bit, the others stay as they are", changed),))
+        return Written(partly, {}, {}, (), (_note(_partly(changed, changed, dtype), changed, dtype),))
     origins = {base.origin(name): encoding for name, encoding in changed.items()}
     sources = _weights_of(original, origins)
     recoded = {
@@ -238,21 +242,25 @@ def _left_as_codes(base: Checkpoint) -> list[str]:
     return sorted(path for path, codec in found.codecs.items() if codec is None)
 
 
-def _partly(touched: Collection[str], written: Mapping[str, Encoding]) -> str:
+def _in_bits(dtype: str | None) -> str:
+    return f"written in {dtypes.bits(dtype or 'BF16')} bit"
+
+
+def _partly(touched: Collection[str], written: Mapping[str, Encoding], dtype: str | None) -> str:
     with_them = len(written.keys() - set(touched))
     why = f" ({with_them} unchanged, for a runtime stores them in one weight with changed ones)" if with_them else ""
-    return f"written in 16 bit{why}, the others stay as they are"
+    return f"{_in_bits(dtype)}{why}, the others stay as they are"
 
 
-def _note(what: str, every: Mapping[str, Encoding]) -> str:
-    """Return a sentence on modules, with their scheme and the bytes that they take as codes and in 16 bit."""
+def _note(what: str, every: Mapping[str, Encoding], dtype: str | None = None) -> str:
+    """Return a sentence on modules, with their scheme and the bytes that they take as codes and in a dtype."""
     labels = Counter(f"{encoding.module.scheme}, {encoding.label}" for encoding in every.values())
     counts = [f"{count} of {label}" for label, count in labels.most_common()]
     more = [f"and {len(counts) - 3} more kinds"] if counts[3:] else []
     kinds = "; ".join([*counts[:3], *more]) if len(counts) > 1 else next(iter(labels))
-    plain = " and ".join(sorted({encoding.dtype for encoding in every.values()}))
+    plain = dtype or " and ".join(sorted({encoding.dtype for encoding in every.values()}))
     before = sum(encoding.nbytes for encoding in every.values())
-    after = sum(prod(encoding.shape) * dtypes.bits(encoding.dtype) // 8 for encoding in every.values())
+    after = sum(prod(encoding.shape) * dtypes.bits(dtype or encoding.dtype) // 8 for encoding in every.values())
     return f"{counted(len(every), 'quantized module')} ({kinds}) {what}: {_size(before)}, {_size(after)} in {plain}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -223,3 +224,18 @@ def test_a_note_names_every_kind_of_codes(tmp_path: Path) -> None:
     assert "1 of FP8 with scales, FP8 E4M3, blocks of 128 × 128" in note
     assert "1 of FP8 with scales, FP8 E4M3, one scale a tensor" in note
     assert note.endswith("in BF16")
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("f32", 32), ("f16", 16), (None, 16)])
+@pytest.mark.parametrize("quantized", ["dequantize", "partial"])
+def test_a_note_names_the_dtype_that_is_written(tmp_path: Path, quantized: Any, dtype: Any, bits: int) -> None:
+    models(tmp_path)
+    report = loratools.merge(tmp_path / "base", tmp_path / "lora", tmp_path / "out", quantized=quantized, dtype=dtype)
+    (note,) = (note for note in report.notes if "quantized module" in note)
+    written = (dtype or "bf16").upper()
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[str(merged[f"{Q}.weight"].dtype)[6:]] == written
+    plain = [Q, K] if quantized == "dequantize" else [Q]
+    size = sum(merged[f"{module}.weight"].nbytes for module in plain)
+    assert f" written in {bits} bit" in note
+    assert note.endswith(f", {size / 1e6:.1f} MB in {written}")
