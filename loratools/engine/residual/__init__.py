@@ -39,7 +39,9 @@ from loratools.storage.strict_json import parse_json_object
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-VERSION = 1
+VERSION = 2
+READ = (1, 2)
+"""Versions that are read; in 1 all exceptions of a block are deflated."""
 ELEMENTS = 1 << 17  # of a tile: its float64 product stays in the core's cache
 HEADED = (".safetensors", ".sft")
 """Endings of files that have a header."""
@@ -114,8 +116,8 @@ class Residual:
         """Open the residual of a merged model from its header; raise `BadFile`."""
         header = read_header(path)
         document = parse_json_object(header.metadata.get("residual", "{}").encode(), path, constants=True)
-        if document.get("version") != VERSION:
-            raise BadFile(f"{path}: a residual of version {document.get('version')}, this loratools reads {VERSION}")
+        if document.get("version") not in READ:
+            raise BadFile(f"{path}: a residual of version {document.get('version')}, this loratools reads 1 and 2")
         try:
             headers = dict(document.get("headers") or {})
             layout = [

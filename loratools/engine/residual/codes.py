@@ -3,16 +3,20 @@
 A merge rounds W + ΔW to W'. From W' and ΔW the weight is known but for what that rounding destroyed: nothing, where W'
 lies in a binade no higher than W's; else one of about 2^k candidates, k binades apart, all equally likely. So each
 element is coded by the rank of W among the floats around the prediction P, nearest first, in k bits; where ranks do not
-fit (ties, ends of binades), the rest follows in a compressed list of exceptions. Both sides derive P and k from W' and
-the adapter, so where k is 0 nothing at all is written.
+fit (ties, ends of binades), the rest follows in a list of exceptions. Both sides derive P and k from W' and the
+adapter, so where k is 0 nothing at all is written.
 
     block = u8 form ‖ u32 number of exceptions ‖ u32 bytes of ranks ‖ u32 bytes of exceptions ‖ ranks ‖ exceptions
+
+Of few exceptions each is written as its distance from the last and the rest of its rank, both as LEB128: deflating
+them took as long as finding them, and saved nothing. More of them are deflated.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,10 +28,11 @@ from loratools.storage.codecs.floats import narrow, widen
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _HEAD = struct.Struct("<BIII")
-SPARSE, DENSE = 0, 1
-"""How exceptions are listed: by their places, or for every element."""
+SPARSE, DENSE, LISTED = range(3)
+"""How exceptions are listed: by their places, for every element, or by their places as they are, not deflated."""
 
-_FEW = 16  # exceptions are listed by position while there are fewer than one in so many elements
+_FEW = 1024  # exceptions that are not deflated, at most
+_EVERY = 16  # exceptions are listed by position while there are fewer than one in so many elements
 
 
 def encode(W: Array, after: Array, prediction: Array, dtype: str, after_dtype: str) -> bytes:
@@ -52,21 +57,21 @@ def encode(W: Array, after: Array, prediction: Array, dtype: str, after_dtype: s
 
 def joined(ranks: bytes, at: Array, high: Array, count: int) -> bytes:
     """Return a block of packed `ranks` and of exceptions, `high` at places `at` in order, of `count` elements."""
-    if len(at) * _FEW < count:
-        gaps = at.astype("<u4")
-        gaps[1:] -= gaps[:-1].copy()
-        raw = gaps.tobytes() + _planes(high)
-        form, count = SPARSE, len(at)
-    else:
+    if len(at) * _EVERY >= count:
         every = np.zeros(count, high.dtype)
         every[at] = high
-        raw, form = _planes(every), DENSE
-    return framed(form, count, ranks, raw)
+        return framed(DENSE, count, ranks, _planes(every))
+    gaps = at.astype("<u4")
+    gaps[1:] -= gaps[:-1].copy()
+    if len(at) > _FEW:
+        return framed(SPARSE, len(at), ranks, gaps.tobytes() + _planes(high))
+    pairs = zip(gaps.tolist(), high.tolist(), strict=True)
+    return framed(LISTED, len(at), ranks, bytes(byte for pair in pairs for number in pair for byte in _leb128(number)))
 
 
 def framed(form: int, count: int, ranks: bytes, raw: bytes) -> bytes:
-    """Return a block of packed `ranks` and of `count` exceptions that are to be compressed."""
-    packed = _deflate(raw) if count else b""
+    """Return a block of packed `ranks` and of `count` exceptions, which are yet to be compressed where that is due."""
+    packed = raw if form == LISTED or not count else _deflate(raw)
     return _HEAD.pack(form, count, len(ranks), len(packed)) + ranks + packed
 
 
@@ -93,14 +98,23 @@ def apart(block: memoryview, spread: Array, length: int, dtype: Any) -> tuple[me
         values = _unplanes(raw, dtype)
         positions: Array = np.flatnonzero(values)
         return ranks, positions, values[positions]
-    positions = np.frombuffer(raw[: 4 * count], "<u4").cumsum(dtype=np.int64)
+    if form == LISTED:
+        pairs = np.array(_numbers(raw, 2 * count), np.uint32).reshape(count, 2)
+        gaps, values = pairs[:, 0], pairs[:, 1].astype(dtype)
+        if (values != pairs[:, 1]).any():
+            raise BadFile("a block of the residual is damaged")
+    else:
+        gaps, values = np.frombuffer(raw[: 4 * count], "<u4"), _unplanes(raw[4 * count :], dtype)
+    positions = gaps.cumsum(dtype=np.int64)
     if count and int(positions[-1]) >= length:
         raise BadFile("a block of the residual points beyond its tile")
-    return ranks, positions, _unplanes(raw[4 * count :], dtype)
+    return ranks, positions, values
 
 
-def unframed(block: memoryview, length: int, width: int, size: int | None = None) -> tuple[int, int, memoryview, bytes]:
-    """Return the form of a block, its number of exceptions, its packed ranks and the exceptions, inflated.
+def unframed(
+    block: memoryview, length: int, width: int, size: int | None = None
+) -> tuple[int, int, memoryview, bytes | memoryview]:
+    """Return the form of a block, its number of exceptions, its packed ranks and the exceptions, inflated where due.
 
     `length` are the elements of the tile, `width` the bytes of one, `size` those that the ranks must have. Raises
     `BadFile` where the block contradicts itself, or that.
@@ -108,11 +122,12 @@ def unframed(block: memoryview, length: int, width: int, size: int | None = None
     if len(block) < _HEAD.size:
         raise BadFile("a block of the residual is truncated")
     form, count, ranks_size, packed_size = _HEAD.unpack_from(block)
-    if len(block) != _HEAD.size + ranks_size + packed_size or count > length or form not in (SPARSE, DENSE):
+    if len(block) != _HEAD.size + ranks_size + packed_size or count > length or form > LISTED:
         raise BadFile("a block of the residual contradicts itself")
     if size is not None and ranks_size != size:
         raise BadFile("a block of the residual was made for another merge: it has another number of candidates")
-    raw = _inflate(block[_HEAD.size + ranks_size :], count * (width + (4 if form == SPARSE else 0)))
+    packed = block[_HEAD.size + ranks_size :]
+    raw = packed if form == LISTED else _inflate(packed, count * (width + (4 if form == SPARSE else 0)))
     if form == DENSE and count != length:
         raise BadFile("a block of the residual is of another size than its tile")
     return form, count, block[_HEAD.size : _HEAD.size + ranks_size], raw
@@ -182,9 +197,33 @@ def _planes(values: Array) -> bytes:
     return np.ascontiguousarray(little.view(np.uint8).reshape(-1, values.itemsize).T).tobytes()
 
 
-def _unplanes(raw: bytes, dtype: Any) -> Array:
+def _unplanes(raw: bytes | memoryview, dtype: Any) -> Array:
     values: Array = np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1).T).view(dtype).ravel()
     return values
+
+
+def _leb128(number: int) -> Iterator[int]:
+    """Yield the bytes of a number: seven bits in each, the lowest first, the eighth set in all but the last."""
+    while number > 0x7F:
+        yield number & 0x7F | 0x80
+        number >>= 7
+    yield number
+
+
+def _numbers(raw: bytes | memoryview, count: int) -> list[int]:
+    """Return so many numbers of 32 bits at most, written as `_leb128` does; raise `BadFile` unless these are all."""
+    numbers, number, shift = [], 0, 0
+    for byte in raw:
+        number |= (byte & 0x7F) << shift
+        shift += 7
+        if number >> 32 or shift > 35:
+            raise BadFile("a block of the residual is damaged")
+        if byte < 0x80:
+            numbers.append(number)
+            number, shift = 0, 0
+    if len(numbers) != count or shift:
+        raise BadFile("a block of the residual is damaged")
+    return numbers
 
 
 def _deflate(raw: bytes) -> bytes:

@@ -17,7 +17,6 @@ import numpy as np
 from loratools.engine.residual import (
     ELEMENTS,
     HEADED,
-    LENGTH,
     VERSION,
     Array,
     Layout,
@@ -179,7 +178,6 @@ def _encode(lost: Lost, base: TensorSpec, progress: Progress, folder: Path, rest
         for start, stop in lost.tiles():
             W = read_bits(source, base, start * columns, stop * columns)
             after = read_bits(result, lost.after, start * columns, stop * columns)
-            block = coder.encode(W, after, start)
-            parts += [LENGTH.pack(len(block)), block]
+            parts.append(coder.blocks(W, after, start, stop, stop - start))
             progress(W.nbytes)
     return b"".join(parts)

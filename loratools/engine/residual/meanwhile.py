@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from loratools.engine.residual import LENGTH, Array, Lost
+from loratools.engine.residual import Array, Lost
 from loratools.engine.residual import predict as undo
 from loratools.engine.residual.keep import Early, lost_by, residual_name
 from loratools.engine.residual.tiles import Coder
@@ -77,12 +77,13 @@ class _Watched:
             self._rest = None
         (start, stop), at = self._tile, 0
         while stop > start and len(W) - at >= (stop - start) * columns:
-            tile = slice(at, at + (stop - start) * columns)
-            block = self._coder.encode(W[tile], after[tile], start)
-            self._parts += [LENGTH.pack(len(block)), block]
-            self._progress(W[tile].nbytes)
-            at = tile.stop
-            start, stop = self._tile = next(self._tiles, (0, 0))
+            first, height, last, end = start, stop - start, stop, at  # those of one height at once
+            while stop - start == height and len(W) - end >= height * columns:
+                last, end = stop, end + height * columns
+                start, stop = self._tile = next(self._tiles, (0, 0))
+            self._parts.append(self._coder.blocks(W[at:end], after[at:end], first, last, height))
+            self._progress(W[at:end].nbytes)
+            at = end
         if at < len(W):
             self._rest = W[at:].copy(), after[at:].copy()
         if stop == start:

@@ -19,6 +19,7 @@ from loratools.adapter.kinds.dora import gains, magnitudes, squares
 from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site
 from loratools.engine.load import is_stored, read_factor
+from loratools.linalg.native import residual as native
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -131,7 +132,7 @@ def _step(changes: Sequence[tuple[Site, Factors, float]]) -> Step:
     """Return one step for the sum of products on one site, or for a single change."""
     site, factors, _ = changes[0]
     lefts, rights = zip(*(_matrices(*change) for change in changes), strict=True)
-    left, right = np.concatenate(lefts, axis=1), np.concatenate(rights)
+    left, right = (lefts[0], rights[0]) if len(lefts) == 1 else (np.concatenate(lefts, axis=1), np.concatenate(rights))
     bits = (_EXACT - int(np.ceil(np.log2(max(2, len(right)))))) // 2
     step = Step(site, _fixed(left, bits, 1), _fixed(right, bits, 0))
     if factors.magnitude is not None:
@@ -142,9 +143,11 @@ def _step(changes: Sequence[tuple[Site, Factors, float]]) -> Step:
 
 def _fixed(factor: Array, bits: int, axis: int) -> Array:
     """Return each row (`axis` 1) or column rounded to multiples of 2^-bits of the power of two above its largest."""
+    fixed: Array = np.array(factor, np.float64, order="C")
+    if native.fix(fixed, bits, axis):
+        return fixed
     _, exponent = np.frexp(np.maximum(factor.max(axis=axis, keepdims=True), -factor.min(axis=axis, keepdims=True)))
     shift = bits - exponent
-    fixed: Array = np.array(factor)
     # 2^shift need be no float64, each half of it is; these products are exact, and np.ldexp takes far longer.
     for half in (shift // 2, shift - shift // 2):
         fixed *= np.ldexp(1.0, half)

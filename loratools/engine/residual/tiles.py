@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from loratools.engine.residual import Array, Lost, codes, prediction
+from loratools.engine.residual import LENGTH, Array, Lost, codes, prediction
 from loratools.engine.residual.predict import Step
 from loratools.linalg.native import residual as native
+from loratools.linalg.native.steps import Product, product
 
 
 class Coder:
@@ -31,9 +32,25 @@ class Coder:
         if self._native and (coded := self._native.encode(W, after, start)):
             if coded.raw is None:
                 return codes.joined(coded.ranks, coded.at, coded.high.astype(W.dtype), len(W))
-            return codes.framed(codes.SPARSE, len(coded.at), coded.ranks, coded.raw)
+            return codes.framed(coded.form, len(coded.at), coded.ranks, coded.raw)
         predicted = prediction(self._lost, after, self._steps, start)
         return codes.encode(W, after, predicted, self._lost.dtype, self._dtypes[0])
+
+    def blocks(self, W: Array, after: Array, start: int, stop: int, height: int) -> bytes:
+        """Return the blocks of tiles of `height` rows, `start` to `stop`, each after its length: `encode`."""
+        parts, columns, first = [], self._lost.matrix[1], start
+        while start < stop:
+            at = (start - first) * columns
+            if self._native and columns:
+                made, count = self._native.blocks(W[at:], after[at:], start, height)
+                parts.append(made)
+                start, at = start + count * height, at + count * height * columns
+            if start < stop:  # what C does not frame
+                tile = slice(at, at + height * columns)
+                block = self.encode(W[tile], after[tile], start)
+                parts += [LENGTH.pack(len(block)), block]
+                start += height
+        return b"".join(parts)
 
     def decode(self, block: memoryview, after: Array, start: int) -> Array:
         """Return the bits of the base's rows from `start` on; raise `BadFile` where the block does not fit the tile.
@@ -51,8 +68,8 @@ class Coder:
         return codes.decode(block, after, predicted, self._lost.dtype, self._dtypes[0])
 
 
-def _product(step: Step) -> native.Product:
+def _product(step: Step) -> Product:
     """Return a step as C takes it."""
     by_row, by_column = (None, step.gains) if step.across else (step.gains, None)
     columns = step.site.columns[:2]
-    return native.product(step.site.rows, columns, step.left, step.right, by_row=by_row, by_column=by_column)
+    return product(step.site.rows, columns, step.left, step.right, by_row=by_row, by_column=by_column)

@@ -12,7 +12,8 @@ several times slower: only the last float32 bit of a sum may differ then.
     floats.h   BF16, F16 and F32 as float32 and back, for rows.c, residual.c and delta.c
     codes      `codes.c` and `codes.h`: what the codes of quantized weights stand for
     proof      `proof.c` and `proof.h`: what two models differ by; `surgery/verify` shares nothing with a merge
-    residual   `residual.c`, `residual.h` and `ranks.h`: what tells the base from a merged model and its adapters
+    residual   `residual.c`, `residual.h`, `ranks.h` and `fixed.h`: what tells the base from a merged model and adapters
+    steps      what of a merged model it takes back: products on rectangles
     delta      `delta.c` and `delta.h`: ΔW with its norms, and products of a large matrix with few columns
     loaded     loads libraries whose functions take a structure and a width of vectors: delta and residual
     thin       `thin.c` and `thin.h`: factors beside a linear layer of a running model, and their gradients

@@ -263,8 +263,8 @@ INLINE size_t OF(encode_as)(Tile *at, int dtype)
     }
     if (NAMED(is_special, WIDTH)(largest)) return SPECIAL;
     join(at, planes);
-    at->form = at->exceptions * 16 < at->rows * columns ? SPARSE : DENSE;
-    if (at->form == SPARSE) list(at);
+    at->form = at->exceptions * 16 >= at->rows * columns ? DENSE : at->exceptions > FEW ? SPARSE : LISTED;
+    if (at->form != DENSE) list(at);
     return DONE;
 }
 

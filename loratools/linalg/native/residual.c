@@ -3,8 +3,8 @@
  * `left` and `right` are in fixed point (engine/residual/predict.py): every sum is exact in float64, so that each
  * processor finds the same prediction. Where 16 bits are to be predicted the sum is first formed in float32, with a
  * bound of its error; only where that leaves open which float is nearest is it formed in float64. What is coded, and
- * how, says engine/residual/codes.py, whose formulas in NumPy give the same bytes. `residual.h` has the predictions,
- * `ranks.h` the codes, both compiled for each width of vectors. C for its speed alone.
+ * how, says engine/residual/codes.py, whose formulas in NumPy give the same bytes. `fixed.h` has that, `residual.h` the predictions,
+ * `ranks.h` the codes, all compiled for each width of vectors. C for its speed alone.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -14,7 +14,8 @@ enum { BF16, F16, F32 };
 enum { LANES = 32, HALF_PANEL = 16 }; /* columns of a panel, and of what is multiplied in float64 at once */
 enum { MOST_ROWS = 8 };               /* rows at once, at most */
 enum { CHUNK = 64, MOST_PLANES = 23 }; /* numbers that are coded together; bits of a rank */
-enum { SPARSE, DENSE };                /* how exceptions are listed: by place, or for every element */
+enum { SPARSE, DENSE, LISTED };        /* how exceptions are listed: by place, for every element, or by place, few */
+enum { FEW = 1024 };                   /* exceptions of a tile, at most, that are LISTED: as they are written */
 enum { DONE, SPECIAL, MISFIT };        /* what became of a tile: see `Tile` */
 
 /* The same fields, in the same order, as `_Step` in residual.py. One product on rows first,
@@ -50,9 +51,25 @@ typedef struct {
     uint32_t *at, *high;              /* (rows · columns): where ranks have more bits than `spread` says, and which */
     uint8_t *packed;                  /* the low bits of all ranks, plane after plane */
     size_t packed_bytes;
-    uint8_t *raw;                     /* exceptions as they are compressed; sparse alone are written */
-    size_t form, exceptions;
+    uint8_t *raw;                     /* exceptions as they are compressed, or written; dense ones are only read */
+    size_t raw_bytes, form, exceptions;
 } Tile;
+
+/* The same fields, in the same order, as `_Blocks` in residual.py. */
+typedef struct {
+    Tile *tile;                 /* the first of tiles that follow each other, all of as many rows */
+    size_t tiles;
+    uint8_t *to;                /* memory for `room` bytes: blocks as engine/residual/codes.py frames them */
+    size_t room, bytes;         /* `bytes` of it are filled */
+} Blocks;
+
+/* The same fields, in the same order, as `_Factor` in residual.py. */
+typedef struct {
+    double *factor; /* (rows, columns): in place */
+    size_t rows, columns;
+    size_t bits, across; /* multiples of 2^-bits of the power of two above the largest of a row if `across`, or of a column */
+    double *scales;      /* memory for two of each of these */
+} Factor;
 
 static const uint32_t EXPONENT[] = {0x7f80, 0x7c00, 0x7f800000};
 static const int MANTISSA[] = {7, 10, 23};
@@ -117,10 +134,40 @@ static void join(Tile *at, const Bitstream *planes)
     turn(at->packed, at->packed_bytes);
 }
 
-/* List the exceptions as they are compressed: distances, then the lowest bytes of all, then the next. */
-static void list(const Tile *at)
+/* Write a number in as few bytes as it takes, seven bits in each, the lowest first; return their end. */
+static uint8_t *put_number(uint8_t *to, uint32_t number)
+{
+    for (; number > 0x7f; number >>= 7) *to++ = (uint8_t)(number | 0x80);
+    *to++ = (uint8_t)number;
+    return to;
+}
+
+/* Read such a number, and move on; return whether it ends before `end` and has at most 32 bits. */
+static int get_number(const uint8_t **from, const uint8_t *end, uint32_t *number)
+{
+    uint64_t all = 0;
+    for (int shift = 0; shift < 35 && *from < end; shift += 7) {
+        uint8_t byte = *(*from)++;
+        all |= (uint64_t)(byte & 0x7f) << shift;
+        if (byte & 0x80) continue;
+        *number = (uint32_t)all;
+        return all <= UINT32_MAX;
+    }
+    return 0;
+}
+
+/* List the exceptions: each with its distance where they are few, else all distances, all lowest bytes, all next. */
+static void list(Tile *at)
 {
     size_t count = at->exceptions, size = at->dtype == F32 ? 4 : 2;
+    if (at->form == LISTED) {
+        uint8_t *to = at->raw;
+        for (size_t e = 0; e < count; e++)
+            to = put_number(put_number(to, at->at[e] - (e ? at->at[e - 1] : 0)), at->high[e]);
+        at->raw_bytes = (size_t)(to - at->raw);
+        return;
+    }
+    at->raw_bytes = count * (4 + size);
     for (size_t e = 0; e < count; e++) {
         uint32_t gap = at->at[e] - (e ? at->at[e - 1] : 0);
         for (int byte = 0; byte < 4; byte++) at->raw[4 * e + byte] = (uint8_t)(gap >> 8 * byte);
@@ -132,8 +179,19 @@ static void list(const Tile *at)
 static int listed(Tile *at)
 {
     size_t length = at->rows * at->columns, count = at->exceptions, size = at->dtype == F32 ? 4 : 2, e = 0;
-    const uint8_t *high = at->raw + (at->form == SPARSE ? 4 * count : 0);
+    const uint8_t *high = at->raw + (at->form == SPARSE ? 4 * count : 0), *end = at->raw + at->raw_bytes;
     uint64_t place = 0;
+    if (at->form == LISTED) {
+        const uint8_t *from = at->raw;
+        for (; e < count; e++) {
+            uint32_t gap, more;
+            if (!get_number(&from, end, &gap) || !get_number(&from, end, &more)) return 0;
+            place += gap;
+            if (place >= length || (size == 2 && more > 0xffff)) return 0;
+            at->at[e] = (uint32_t)place, at->high[e] = more;
+        }
+        return from == end;
+    }
     for (size_t n = 0; n < count; n++) {
         uint32_t gap = 0, more = 0;
         for (size_t byte = 0; byte < size; byte++) more |= (uint32_t)high[byte * count + n] << 8 * byte;
@@ -160,6 +218,7 @@ static int listed(Tile *at)
 #define AT_ONCE 2
 #define BACK 3
 #include "residual.h"
+#include "fixed.h"
 #undef TARGET
 #undef WIDTH
 #undef TOGETHER
@@ -171,6 +230,7 @@ static int listed(Tile *at)
 #define AT_ONCE 2
 #define BACK 8
 #include "residual.h"
+#include "fixed.h"
 
 /* Return the widest vectors that this processor has: 16 or 8 numbers; 0 where NumPy has to do. */
 size_t loratools_residual_width(void)
@@ -184,6 +244,7 @@ size_t loratools_residual_width(void)
 
 size_t loratools_encode(Tile *at, size_t width) { return width == 16 ? encode_16(at) : encode_8(at); }
 size_t loratools_decode(Tile *at, size_t width) { return width == 16 ? decode_16(at) : decode_8(at); }
+size_t loratools_fix(Factor *at, size_t width) { return width == 16 ? fix_16(at) : fix_8(at); }
 #else
 #define TARGET
 #define WIDTH 4
@@ -191,12 +252,46 @@ size_t loratools_decode(Tile *at, size_t width) { return width == 16 ? decode_16
 #define AT_ONCE 8
 #define BACK 2
 #include "residual.h"
+#include "fixed.h"
 
 size_t loratools_residual_width(void) { return 4; }
 size_t loratools_encode(Tile *at, size_t width) { return (void)width, encode_4(at); }
 size_t loratools_decode(Tile *at, size_t width) { return (void)width, decode_4(at); }
+size_t loratools_fix(Factor *at, size_t width) { return (void)width, fix_4(at); }
 #endif
 
+static uint8_t *put_size(uint8_t *to, size_t size)
+{
+    for (int byte = 0; byte < 4; byte++) *to++ = (uint8_t)(size >> 8 * byte);
+    return to;
+}
+
+/* Code tiles into blocks, each after its length, as long as all exceptions are few and there is room; return how many. */
+size_t loratools_encode_blocks(Blocks *at, size_t width)
+{
+    enum { HEAD = 13 }; /* bytes before the ranks */
+    Tile *tile = at->tile;
+    size_t step = tile->rows * tile->columns, source = tile->source == F32 ? 4 : 2, size = tile->dtype == F32 ? 4 : 2;
+    uint8_t *to = at->to;
+    size_t done = 0;
+    for (; done < at->tiles; done++) {
+        if (loratools_encode(tile, width) != DONE || tile->form != LISTED) break;
+        size_t bytes = HEAD + tile->packed_bytes + tile->raw_bytes;
+        if (4 + bytes > at->room - (size_t)(to - at->to)) break;
+        to = put_size(to, bytes);
+        *to++ = LISTED;
+        to = put_size(put_size(put_size(to, tile->exceptions), tile->packed_bytes), tile->raw_bytes);
+        memcpy(to, tile->packed, tile->packed_bytes);
+        memcpy(to += tile->packed_bytes, tile->raw, tile->raw_bytes);
+        to += tile->raw_bytes;
+        tile->after += step * source, tile->W += step * size, tile->start += tile->rows;
+    }
+    at->bytes = (size_t)(to - at->to);
+    return done;
+}
+
 /* Whoever calls checks that it means the same fields. */
+size_t loratools_blocks_size(void) { return sizeof(Blocks); }
+size_t loratools_factor_size(void) { return sizeof(Factor); }
 size_t loratools_step_size(void) { return sizeof(Step); }
 size_t loratools_tile_size(void) { return sizeof(Tile); }

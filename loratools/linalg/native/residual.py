@@ -17,26 +17,19 @@ from typing import Any
 import numpy as np
 
 from loratools.linalg.native import loaded
+from loratools.linalg.native.steps import LANES, Product, Step, address
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 LIBRARY = Path(__file__).with_name("libresidual.so")
-LANES, CHUNK, MOST_ROWS, MOST_PLANES = 32, 64, 8, 23  # as in residual.c, all of them
+CHUNK, MOST_ROWS, MOST_PLANES = 64, 8, 23  # as in residual.c, all of them
 DTYPES = {"BF16": 0, "F16": 1, "F32": 2}
-SPARSE, DENSE = 0, 1
+SPARSE, DENSE, LISTED = range(3)
+FEW = 1024
 _MORE = 16  # bytes that are touched beyond bits
+_LONGEST = 10  # bytes of an exception that is LISTED, at most
+_HEADS = 17  # bytes of a block beside its ranks and exceptions
 _SPECIAL, _MISFIT = 1, 2
-_LARGEST = 2.0**20  # norms up to which the bound of the error in float32 is one
-
-
-class _Step(ctypes.Structure):
-    """The same fields, in the same order, as `Step` in residual.c, where they are explained."""
-
-    _fields_ = (
-        *((name, ctypes.c_size_t) for name in ("first", "last", "every", "begin", "end", "rank")),
-        *((name, ctypes.c_void_p) for name in ("left", "right", "near_left", "near_right")),
-        *((name, ctypes.c_void_p) for name in ("row_error", "panel_error", "by_row", "by_column")),
-    )
 
 
 class _Tile(ctypes.Structure):
@@ -52,15 +45,36 @@ class _Tile(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("notes", "at", "high", "packed")),
         ("packed_bytes", ctypes.c_size_t),
         ("raw", ctypes.c_void_p),
-        *((name, ctypes.c_size_t) for name in ("form", "exceptions")),
+        *((name, ctypes.c_size_t) for name in ("raw_bytes", "form", "exceptions")),
+    )
+
+
+class _Blocks(ctypes.Structure):
+    """The same fields, in the same order, as `Blocks` in residual.c."""
+
+    _fields_ = (
+        ("tile", ctypes.c_void_p),
+        ("tiles", ctypes.c_size_t),
+        ("to", ctypes.c_void_p),
+        *((name, ctypes.c_size_t) for name in ("room", "bytes")),
+    )
+
+
+class _Factor(ctypes.Structure):
+    """The same fields, in the same order, as `Factor` in residual.c."""
+
+    _fields_ = (
+        ("factor", ctypes.c_void_p),
+        *((name, ctypes.c_size_t) for name in ("rows", "columns", "bits", "across")),
+        ("scales", ctypes.c_void_p),
     )
 
 
 @cache
 def _library() -> tuple[Any, int]:
     """Return the compiled library and the numbers of its widest vectors; None and 0 where it does not serve."""
-    sizes = {"step_size": _Step, "tile_size": _Tile}
-    return loaded.load(LIBRARY, "residual_width", sizes, ("encode", "decode"))
+    sizes = {"step_size": Step, "tile_size": _Tile, "blocks_size": _Blocks, "factor_size": _Factor}
+    return loaded.load(LIBRARY, "residual_width", sizes, ("encode", "encode_blocks", "decode", "fix"))
 
 
 def available() -> bool:
@@ -93,78 +107,38 @@ class _Memory(local):
 _memory = _Memory()
 
 
-def _at(array: Array | None) -> int | None:
-    """Return the address of an array's first number; `array.ctypes` takes four times as long."""
-    return None if array is None else array.__array_interface__["data"][0]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Product:
-    """left·right on a rectangle of a matrix, as the C code takes it. See `product`."""
-
-    call: _Step
-    arrays: tuple[Array | None, ...]
-
-
-def product(
-    rows: tuple[int, int, int], columns: tuple[int, int], left: Array, right: Array, *, by_row: Array | None = None,
-    by_column: Array | None = None,
-) -> Product:  # fmt: skip
-    """Prepare P / g − left·right on a rectangle of a matrix.
+def fix(factor: Array, bits: int, axis: int, *, width: int | None = None) -> bool:
+    """Round each row, or column, to multiples of 2^-bits of the power of two above its largest number, in place.
 
     Args:
-        rows: The first row, the end, and the step from each to the next.
-        columns: The first column and the end.
-        left: Float64, (rows, k); its products with right, and their sums, must be exact in float64.
-        right: Float64, (k, columns).
-        by_row: g of each row, float32 (rows,). Default: none.
-        by_column: g of each column, float32 (columns,). Default: none.
+        factor: Float64, (rows, columns), in C's order; finite.
+        bits: How many bits the largest number keeps, at most 52.
+        axis: 1 for rows, 0 for columns.
+        width: Numbers of a vector, one of `widths()`. Default: as many as the processor has.
 
-    Raises:
-        ValueError: Arrays do not go together.
+    Returns:
+        False where nothing was changed: nothing serves, or one of these powers of two is no float64.
     """
-    height, width, rank = len(range(*rows)), columns[1] - columns[0], left.shape[1]
-    gains = [(height, by_row), (width, by_column)]
-    alike = left.shape == (height, rank) and right.shape == (rank, width)
-    if not alike or any(g is not None and (g.shape != (n,) or g.dtype != np.float32) for n, g in gains):
-        raise ValueError(f"rows {rows}, columns {columns}, left {left.shape}, right {right.shape} and g do not fit")
-    if min(*rows, columns[0], width) < 0 or rows[2] < 1:
-        raise ValueError(f"rows {rows} and columns {columns} are no rectangle")
-    left, panels = np.ascontiguousarray(left, np.float64), _panels(right)
-    norms = np.sqrt(np.einsum("ij,ij->i", left, left)), np.sqrt(np.square(panels).sum(1).max(1, initial=0))
-    near: tuple[Array | None, ...] = (None,) * 4
-    if all(norm.max(initial=0) < _LARGEST for norm in norms):
-        # k sums and the exact one are rounded, by at most 2^-24 of |left|·|right| each, and so are factors that float32
-        # does not hold; 1 more is for what is of second order.
-        near_left, near_panels = left.astype(np.float32), panels.astype(np.float32)
-        held = bool((near_left == left).all() and (near_panels == panels).all())
-        errors = norms[0] * (rank + (2 if held else 4)) * 2.0**-24 * 1.01, norms[1] * 1.01
-        smallest = np.finfo(np.float32).tiny
-        bounds = [np.where(error > 0, np.maximum(error, smallest), 0).astype(np.float32) for error in errors]
-        near = (near_left, near_panels, *bounds)
-    arrays = (left, panels, *near, *(None if g is None else np.ascontiguousarray(g) for _, g in gains))
-    return Product(_Step(*rows, *columns, rank, *map(_at, arrays)), arrays)
-
-
-def _panels(right: Array) -> Array:
-    """Return right (k, columns) in panels of LANES columns, the last filled up with zeros."""
-    rank, columns = right.shape
-    count = -(-columns // LANES)
-    padded = np.zeros((rank, count * LANES))
-    padded[:, :columns] = right
-    return np.ascontiguousarray(padded.reshape(rank, count, LANES).transpose(1, 0, 2))
+    library, widest = _library()
+    if not widest or factor.dtype != np.float64 or not factor.flags.c_contiguous or not factor.flags.writeable:
+        return False
+    rows, columns = factor.shape
+    scales = _memory.of("scales", 2 * (rows if axis else columns), np.dtype(np.float64))
+    call = _Factor(address(factor), rows, columns, bits, axis, address(scales))
+    return bool(library.loratools_fix(ctypes.byref(call), width or widest))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Coded:
     """What tells a tile of the base from its predictions: the low bits of all `ranks`, plane after plane, and the rest.
 
-    `high` are the bits beyond those, at the places `at`, in order; `raw` has them as they are compressed, None where
-    there are so many that they are listed for every element. All but `ranks` and `raw` are in memory that this thread's
+    `high` are the bits beyond those, at the places `at`, in order; `form` says how they are listed, and `raw` has them
+    so; None where they are DENSE, listed for every element. All but `ranks` and `raw` are in memory that this thread's
     next tile overwrites.
     """
 
     ranks: bytes
+    form: int
     raw: bytes | None
     at: Array
     high: Array
@@ -182,7 +156,7 @@ class Coder:
         if any(part.call.end > columns for part in products):
             raise ValueError(f"a product reaches beyond a matrix of {columns} columns")
         self._products = tuple(products)
-        self._steps = (_Step * len(products))(*(part.call for part in products))
+        self._steps = (Step * len(products))(*(part.call for part in products))
         self._columns, self._room = columns, -1
         self._types = tuple(np.dtype(np.uint32 if name == "F32" else np.uint16) for name in (source, dtype))
         self._tile = _Tile(
@@ -200,7 +174,7 @@ class Coder:
             raise ValueError(f"{count} numbers are not whole rows of {columns}")
         if count > self._room:
             self._make_room(count)
-        tile.after, tile.W = _at(after), _at(W)
+        tile.after, tile.W = address(after), address(W)
         if self._products:
             tile.start, tile.rows, tile.columns = start, count // columns if columns else 0, columns
         else:  # nothing is said of rows
@@ -217,10 +191,11 @@ class Coder:
             ("doubts", 3 * MOST_ROWS * (padded // LANES + 1), np.uint32), ("above", rows * words, np.uint64),
             ("planes", MOST_PLANES * tile.room, np.uint8), ("notes", (MOST_PLANES + 1) * rows * words, np.uint64),
             ("at", count, np.uint32), ("high", count, np.uint32),
-            ("packed", MOST_PLANES * tile.room, np.uint8), ("raw", count // 2 + _MORE, np.uint8),
+            ("packed", MOST_PLANES * tile.room, np.uint8),
+            ("raw", max(count // 2, _LONGEST * min(count, FEW)) + _MORE, np.uint8),
         ):  # fmt: skip
             self._held[name] = array = _memory.of(name, size, np.dtype(dtype))
-            setattr(tile, name, _at(array))
+            setattr(tile, name, address(array))
 
     def encode(self, W: Array, after: Array, start: int = 0, *, width: int | None = None) -> Coded | None:
         """Return what tells the base's rows from `start` on from their predictions.
@@ -235,13 +210,40 @@ class Coder:
             None where a prediction is NaN or infinite: then NumPy's formulas hold.
         """
         tile, held = self._lay_out(after, W, start), self._held
-        tile.raw = _at(held["raw"])
+        tile.raw = address(held["raw"])
         library, widest = _library()
         if library.loratools_encode(self._call, width or widest):
             return None
-        count, dtype = tile.exceptions, self._types[1]
-        raw = held["raw"][: count * (4 + dtype.itemsize)].tobytes() if tile.form == SPARSE else None
-        return Coded(held["packed"][: tile.packed_bytes].tobytes(), raw, held["at"][:count], held["high"][:count])
+        count = tile.exceptions
+        raw = None if tile.form == DENSE else held["raw"][: tile.raw_bytes].tobytes()
+        ranks = held["packed"][: tile.packed_bytes].tobytes()
+        return Coded(ranks, tile.form, raw, held["at"][:count], held["high"][:count])
+
+    def blocks(self, W: Array, after: Array, start: int, height: int, *, width: int | None = None) -> tuple[bytes, int]:
+        """Return blocks of tiles of `height` rows as `engine/residual` frames them, after their lengths, and how many.
+
+        They end before a tile that `encode` returns None for, or whose exceptions are not LISTED.
+
+        Args:
+            W: The bits of the base's rows from `start` on, flat: those of whole tiles.
+            after: The bits of what they became.
+            start: The number of the first row.
+            height: Rows of a tile.
+            width: Numbers of a vector, one of `widths()`. Default: as many as the processor has.
+
+        Raises:
+            ValueError: Arrays do not go together.
+        """
+        size = height * self._columns
+        if len(W) != len(after) or not size or len(W) % size:
+            raise ValueError(f"{len(W)} and {len(after)} numbers are not whole tiles of {size}")
+        tile = self._lay_out(after[:size], W[:size], start)
+        to = _memory.of("blocks", 2 * (MOST_PLANES * tile.room + len(self._held["raw"]) + _HEADS), np.dtype(np.uint8))
+        tile.raw = address(self._held["raw"])
+        call = _Blocks(ctypes.addressof(tile), len(W) // size, address(to), len(to))
+        library, widest = _library()
+        done = library.loratools_encode_blocks(ctypes.byref(call), width or widest)
+        return to[: call.bytes].tobytes(), int(done)
 
     def decode(
         self, after: Array, ranks: Array, form: int, exceptions: int, raw: Array, start: int = 0, *,
@@ -252,9 +254,10 @@ class Coder:
         Args:
             after: The bits of what they became.
             ranks: Low bits of all ranks, uint8, plane after plane.
-            form: SPARSE or DENSE.
+            form: SPARSE, DENSE or LISTED.
             exceptions: How many there are; where DENSE, as many as elements.
-            raw: Exceptions as they are compressed, uint8: 4 bytes for the place of each where SPARSE, and the number.
+            raw: Exceptions as they are compressed, uint8: 4 bytes for the place of each where SPARSE, and the number;
+                where LISTED as they are written.
             start: The number of the first row. Default: the tile is the matrix.
             width: Numbers of a vector, one of `widths()`. Default: as many as the processor has.
 
@@ -263,13 +266,15 @@ class Coder:
             holds.
         """
         size = self._types[1].itemsize + (4 if form == SPARSE else 0)
-        if len(raw) != exceptions * size or exceptions > len(after) or (form == DENSE and exceptions != len(after)):
+        fits = form == LISTED or len(raw) == exceptions * size
+        if not fits or exceptions > len(after) or (form == DENSE and exceptions != len(after)):
             raise ValueError(f"{len(raw)} bytes are not {exceptions} exceptions of {len(after)} elements")
         tile = self._lay_out(after, None, start)
         if len(ranks) > MOST_PLANES * tile.room - _MORE:
             return None
         self._held["packed"][: len(ranks)] = ranks
-        tile.packed_bytes, tile.raw, tile.form, tile.exceptions = len(ranks), _at(raw), form, exceptions
+        tile.packed_bytes, tile.form, tile.exceptions = len(ranks), form, exceptions
+        tile.raw, tile.raw_bytes = address(raw), len(raw)
         library, widest = _library()
         if library.loratools_decode(self._call, width or widest):
             return None

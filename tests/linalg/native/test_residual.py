@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 
 from loratools.engine.residual import codes
-from loratools.linalg.native import residual
+from loratools.errors import BadFile
+from loratools.linalg.native import residual, steps
 from loratools.storage.codecs.floats import narrow, unsigned, widen
 
 pytestmark = pytest.mark.skipif(not residual.available(), reason="installed without a C compiler")
@@ -49,7 +51,7 @@ def block(coded: residual.Coded | None, dtype: str, count: int) -> bytes:
     high = coded.high.astype(unsigned(dtype))
     whole = codes.joined(coded.ranks, coded.at, high, count)
     if coded.raw is not None:
-        assert whole == codes.framed(codes.SPARSE, len(coded.at), coded.ranks, coded.raw)
+        assert whole == codes.framed(coded.form, len(coded.at), coded.ranks, coded.raw)
     return whole
 
 
@@ -95,7 +97,7 @@ def test_a_tile_is_coded_and_read_as_numpy_does(
     after = narrow(changed, source).reshape(-1)
     prediction = widen(after, source, np.float32).reshape(rows, columns)
     taken_back(prediction, left, right, **more)
-    product = residual.product((0, rows, 1), (0, columns), left, right, **more)
+    product = steps.product((0, rows, 1), (0, columns), left, right, **more)
     check(residual.Coder([product], columns, source, dtype), base, after, prediction, dtypes, width)
 
 
@@ -118,7 +120,7 @@ def test_what_float32_leaves_open_is_summed_in_float64(size: float, dtype: str, 
     taken_back(prediction, left, right)
     base = narrow(prediction, dtype).reshape(-1)
     base[::5] ^= 1
-    product = residual.product((0, rows, 1), (0, columns), left, right)
+    product = steps.product((0, rows, 1), (0, columns), left, right)
     coder = residual.Coder([product], columns, dtype, dtype)
     check(coder, base, after.reshape(-1), prediction, (dtype, dtype), width)
 
@@ -143,7 +145,7 @@ def test_a_sum_that_float32_rounds_to_the_other_side(W: float, products: list[fl
     taken_back(prediction, left, right)
     base = narrow(prediction, "BF16").reshape(-1)
     base[1::2] += 1
-    product = residual.product((0, rows, 1), (0, columns), left, right)
+    product = steps.product((0, rows, 1), (0, columns), left, right)
     check(residual.Coder([product], columns, "BF16", "BF16"), base, after, prediction, ("BF16", "BF16"), width)
 
 
@@ -162,7 +164,7 @@ def test_products_lie_on_rectangles_rows_apart_and_over_each_other(dtypes: tuple
             left, right = fixed(len(range(*down)), across[1] - across[0], 5, seed)
             g = np.random.default_rng(seed).uniform(0.5, 2, len(left)).astype(np.float32) if seed % 2 else None
             taken_back(prediction[slice(*down), slice(*across)], left, right, g)
-            products.insert(0, residual.product(down, across, left, right, by_row=g))
+            products.insert(0, steps.product(down, across, left, right, by_row=g))
         coder = residual.Coder(products, columns, source, dtype)
         for start, stop in ((0, 60), (5, 44), (19, 21), (59, 60)):
             tile = slice(start * columns, stop * columns)
@@ -199,7 +201,7 @@ def test_bits_of_many_binades_are_packed(binades: int, dtype: str, width: int) -
     after = narrow((widen(base, dtype, np.float32).reshape(rows, columns) + left @ right).astype(np.float32), dtype)
     prediction = widen(after, dtype, np.float32).reshape(rows, columns)
     taken_back(prediction, left, right)
-    product = residual.product((0, rows, 1), (0, columns), left, right)
+    product = steps.product((0, rows, 1), (0, columns), left, right)
     check(residual.Coder([product], columns, dtype, dtype), base, after.reshape(-1), prediction, (dtype, dtype), width)
 
 
@@ -208,7 +210,7 @@ def test_bits_of_many_binades_are_packed(binades: int, dtype: str, width: int) -
 def test_predictions_that_are_not_finite_are_left_to_numpy(dtype: str, width: int) -> None:
     base = numbers(dtype, 40, 0)
     left, right = fixed(4, 10, 3, 0)
-    for products in ([], [residual.product((0, 4, 1), (0, 10), left, right)]):
+    for products in ([], [steps.product((0, 4, 1), (0, 10), left, right)]):
         coder = residual.Coder(products, 10, dtype, dtype)
         assert coder.encode(base, base, width=width) is not None
         for bad in (np.nan, np.inf, -np.inf):
@@ -238,6 +240,135 @@ def test_a_block_that_does_not_fit_its_tile_is_left_to_numpy(width: int) -> None
     np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", residual.DTYPES)
+@pytest.mark.parametrize(
+    ("count", "form"), [(0, 2), (1, 2), (1024, 2), (1025, 0), (2499, 0), (2500, 1), (40_000, 1)]
+)  # fmt: skip
+def test_exceptions_are_listed_by_how_many_they_are(count: int, form: int, dtype: str, width: int) -> None:
+    """Of 40,000 numbers: as they are, by place and deflated, and for every number."""
+    random = np.random.default_rng(count)
+    after = numbers(dtype, 40_000, 2)
+    base = after.copy()
+    at = np.sort(random.choice(40_000, count, replace=False))
+    base[at] ^= random.integers(1, 2**10, count).astype(base.dtype)
+    coder, prediction = residual.Coder([], 1, dtype, dtype), widen(after, dtype, np.float32)
+    coded = coder.encode(base, after, width=width)
+    assert coded is not None
+    assert (coded.form, coded.at.tolist()) == (form, at.tolist())
+    check(coder, base, after, prediction, (dtype, dtype), width)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", residual.DTYPES)
+def test_blocks_of_several_tiles_are_those_of_each(dtype: str, width: int) -> None:
+    """They end before a tile whose prediction is not finite, and before one with exceptions that are to be deflated."""
+    rows, columns, height = 60, 700, 12
+    random = np.random.default_rng(7)
+    left, right = random.integers(-9, 9, (rows, 3)) * 2.0**-12, random.integers(-9, 9, (3, columns)) * 2.0**-4
+    base = narrow(random.uniform(0.5, 4, rows * columns).astype(np.float32), dtype)
+    changed = widen(base, dtype, np.float32).reshape(rows, columns) + left @ right
+    after = narrow(changed.astype(np.float32), dtype).reshape(-1)
+    coder = residual.Coder([steps.product((0, rows, 1), (0, columns), left, right)], columns, dtype, dtype)
+    size = height * columns
+
+    def blocks(base: Array, after: Array, tiles: range) -> bytes:
+        made = b""
+        for n in tiles:
+            tile = slice(n * size, (n + 1) * size)
+            one = block(coder.encode(base[tile], after[tile], n * height, width=width), dtype, size)
+            made += len(one).to_bytes(4, "little") + one
+        return made
+
+    assert coder.blocks(base, after, 0, height, width=width) == (blocks(base, after, range(5)), 5)
+    bad = after.copy()
+    bad[3 * size + 5] = narrow(np.array([np.inf], np.float32), dtype)[0]
+    assert coder.blocks(base, bad, 0, height, width=width) == (blocks(base, after, range(3)), 3)
+    other = base.copy()
+    other[4 * size : 4 * size + 1200] ^= 1 << 9
+    many = coder.encode(other[4 * size :], after[4 * size :], 4 * height, width=width)
+    assert many is not None
+    assert many.form != residual.LISTED
+    assert coder.blocks(other[size:], after[size:], height, height, width=width) == (
+        blocks(base, after, range(1, 4)),
+        3,
+    )
+    assert coder.blocks(other[4 * size :], after[4 * size :], 4 * height, height, width=width) == (b"", 0)
+    for W, W2, tall in (
+        (base, after[:-1], height),
+        (base[:-1], after[:-1], height),
+        (base, after, 7),
+        (base, after, 0),
+    ):
+        with pytest.raises(ValueError, match="whole tiles"):
+            coder.blocks(W, W2, 0, tall)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    ("raw", "count"),
+    [
+        ("", 1), ("05", 1), ("8005", 1), ("0580", 1), ("050106", 1), ("40 01", 1), ("3f 01 01 01", 2),
+        ("00 808004", 1), ("05 ffffffff10", 1), ("ffffffffff7f 01", 1), ("01 808080808001", 1), ("05 01 05 01", 3),
+    ],
+)  # fmt: skip
+def test_a_list_of_exceptions_that_no_one_writes_is_refused(raw: str, count: int, width: int) -> None:
+    """Truncated, too long, of numbers with more bits than they may have, and of places beyond 64 numbers."""
+    after, listed = numbers("BF16", 64, 1), bytes.fromhex(raw)
+    coder, nothing = residual.Coder([], 8, "BF16", "BF16"), np.zeros(0, np.uint8)
+    given = np.frombuffer(listed, np.uint8)
+    assert coder.decode(after, nothing, residual.LISTED, count, given, width=width) is None
+    made = memoryview(codes.framed(codes.LISTED, count, b"", listed))
+    with pytest.raises(BadFile, match=r"is damaged|beyond its tile"):
+        codes.decode(made, after, widen(after, "BF16", np.float32), "BF16", "BF16")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_numbers_of_a_list_are_leb128(width: int) -> None:
+    """300 = 0b10_0101100 takes two bytes; of two exceptions in one place the last counts."""
+    after, listed = numbers("BF16", 500, 1), bytes.fromhex("ac02 8101 00 03 01 ffff03")
+    coder, given = residual.Coder([], 500, "BF16", "BF16"), np.frombuffer(listed, np.uint8)
+    found = coder.decode(after, np.zeros(0, np.uint8), residual.LISTED, 3, given, width=width)
+    made = memoryview(codes.framed(codes.LISTED, 3, b"", listed))
+    wanted = codes.decode(made, after, widen(after, "BF16", np.float32), "BF16", "BF16")
+    assert found is not None
+    np.testing.assert_array_equal(found, wanted)
+    assert np.flatnonzero(wanted != after).tolist() == [300, 301]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("shape", [(7, 40), (16, 1), (1, 33), (3, 0), (0, 3)])
+def test_factors_in_fixed_point_are_what_exact_arithmetic_gives(shape: tuple[int, int], axis: int, width: int) -> None:
+    """Multiples of 2^-20 of the power of two above the largest of a row or column, halves to the even one."""
+    random = np.random.default_rng(8)
+    factor = random.standard_normal(shape) * 2.0 ** random.integers(-40, 40, shape)
+    factor[:1] = -0.0
+    factor[1:2] = 2.0 ** random.integers(-3, 3, factor[1:2].shape) * 1.5
+    given = factor.copy()
+    assert residual.fix(given, 20, axis, width=width)
+    for line, old in zip(given if axis else given.T, factor if axis else factor.T, strict=True):
+        largest = max((abs(Fraction(number)) for number in old), default=Fraction(0))
+        above = Fraction(1)
+        while above <= largest:
+            above *= 2
+        while largest and above / 2 > largest:
+            above /= 2
+        step = above / 2**20
+        assert [Fraction(number) for number in line] == [round(Fraction(number) / step) * step for number in old]
+
+
+@pytest.mark.parametrize(
+    "factor",
+    [np.full((2, 3), 1e308), np.full((2, 3), 5e-324), np.full((2, 3), 0.3, np.float32), np.full((3, 2), 0.3).T],
+)
+def test_what_cannot_be_fixed_in_c_is_left_as_it_is(factor: Array) -> None:
+    """Powers of two that are no float64, other dtypes and orders."""
+    before = factor.copy()
+    assert not residual.fix(factor, 20, 1)
+    np.testing.assert_array_equal(factor, before)
+
+
 def test_arrays_that_do_not_go_together_are_refused() -> None:
     left, right = np.zeros((4, 3)), np.zeros((3, 32))
     whole: dict[str, Any] = {"rows": (0, 4, 1), "columns": (0, 32), "left": left, "right": right}
@@ -246,8 +377,8 @@ def test_arrays_that_do_not_go_together_are_refused() -> None:
         {"by_column": np.ones(32)}, {"rows": (0, 4, 2)}, {"columns": (-1, 31)}, {"rows": (4, 0, -1)},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"do not fit|no rectangle"):
-            residual.product(**{**whole, **wrong})
-    product = residual.product(**whole)
+            steps.product(**{**whole, **wrong})
+    product = steps.product(**whole)
     with pytest.raises(ValueError, match="beyond"):
         residual.Coder([product], 31, "BF16", "BF16")
     coder, tile = residual.Coder([product], 32, "BF16", "F32"), np.zeros(64, np.uint16)
