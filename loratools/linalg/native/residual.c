@@ -25,6 +25,7 @@ typedef struct {
     const double *left;                      /* (rows, rank) */
     const double *right;                     /* (rank, columns) in panels of LANES columns, the last filled with zeros */
     const float *near_left, *near_right;     /* the same in float32; NULL where that serves for nothing */
+    size_t held;                             /* whether float32 holds them exactly */
     const float *row_error, *panel_error;    /* whose products bound the error of a sum in float32; 0: it is exact */
     const float *by_row, *by_column;         /* what W' is divided by first, or NULL */
 } Step;

@@ -251,12 +251,23 @@ INLINE Vector NAMED(exact, WIDTH)(const Step *step, size_t i, size_t column)
 INLINE uint64_t NAMED(once_more, WIDTH)(
     const Step *step, size_t i, size_t column, const char *after, char *P, int source, int dtype)
 {
-    const double *left = step->left + i * step->rank;
-    const double *right = step->right + column / LANES * LANES * step->rank + column % LANES;
+    size_t from = column / LANES * LANES * step->rank + column % LANES, k = 0;
     double even = 0, odd = 0; /* any order does: nothing is rounded */
-    size_t k = 0;
-    for (; k + 2 <= step->rank; k += 2, right += 2 * LANES) even += left[k] * right[0], odd += left[k + 1] * right[LANES];
-    if (k < step->rank) even += left[k] * right[0];
+    if (step->held) { /* these are in the core's cache */
+        const float *left = step->near_left + i * step->rank, *right = step->near_right + from;
+        for (; k + 2 <= step->rank; k += 2, right += 2 * LANES) {
+            even += (double)left[k] * right[0];
+            odd += (double)left[k + 1] * right[LANES];
+        }
+        if (k < step->rank) even += (double)left[k] * right[0];
+    } else {
+        const double *left = step->left + i * step->rank, *right = step->right + from;
+        for (; k + 2 <= step->rank; k += 2, right += 2 * LANES) {
+            even += left[k] * right[0];
+            odd += left[k + 1] * right[LANES];
+        }
+        if (k < step->rank) even += left[k] * right[0];
+    }
     float sum = (float)(even + odd);
     if (source != F16 && dtype == BF16) { /* by itself: a vector of one number is slow to fill */
         uint32_t bits;

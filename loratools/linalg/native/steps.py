@@ -20,6 +20,7 @@ class Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_size_t) for name in ("first", "last", "every", "begin", "end", "rank")),
         *((name, ctypes.c_void_p) for name in ("left", "right", "near_left", "near_right")),
+        ("held", ctypes.c_size_t),
         *((name, ctypes.c_void_p) for name in ("row_error", "panel_error", "by_row", "by_column")),
     )
 
@@ -64,6 +65,7 @@ def product(
     left, panels = np.ascontiguousarray(left, np.float64), _panels(right)
     norms = np.sqrt(np.einsum("ij,ij->i", left, left)), np.sqrt(np.square(panels).sum(1).max(1, initial=0))
     near: tuple[Array | None, ...] = (None,) * 4
+    held = False
     if all(norm.max(initial=0) < _LARGEST for norm in norms):
         # k sums and the exact one are rounded, by at most 2^-24 of |left|·|right| each, and so are factors that float32
         # does not hold; 1 more is for what is of second order.
@@ -74,7 +76,8 @@ def product(
         bounds = [np.where(error > 0, np.maximum(error, smallest), 0).astype(np.float32) for error in errors]
         near = (near_left, near_panels, *bounds)
     arrays = (left, panels, *near, *(None if g is None else np.ascontiguousarray(g) for _, g in gains))
-    return Product(Step(*rows, *columns, rank, *map(address, arrays)), arrays)
+    places = [*map(address, arrays)]
+    return Product(Step(*rows, *columns, rank, *places[:4], held, *places[4:]), arrays)
 
 
 def _panels(right: Array) -> Array:
