@@ -19,7 +19,7 @@ from loratools.adapter.kinds.dora import gains, magnitudes, squares
 from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site
 from loratools.engine.load import is_stored, read_factor
-from loratools.linalg.native import residual as native
+from loratools.linalg.native.steps import fix
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -144,7 +144,7 @@ def _step(changes: Sequence[tuple[Site, Factors, float]]) -> Step:
 def _fixed(factor: Array, bits: int, axis: int) -> Array:
     """Return each row (`axis` 1) or column rounded to multiples of 2^-bits of the power of two above its largest."""
     fixed: Array = np.array(factor, np.float64, order="C")
-    if native.fix(fixed, bits, axis):
+    if fix(fixed, bits, axis):
         return fixed
     _, exponent = np.frexp(np.maximum(factor.max(axis=axis, keepdims=True), -factor.min(axis=axis, keepdims=True)))
     shift = bits - exponent

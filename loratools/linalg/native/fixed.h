@@ -1,5 +1,5 @@
-/* Factors in fixed point, with the instructions of TARGET: see `_fixed` in engine/residual/predict.py, whose numbers
- * these are.
+/* Factors in fixed point, and laid out for products, with the instructions of TARGET: see `_fixed` in
+ * engine/residual/predict.py, whose numbers these are.
  */
 
 /* Round numbers to multiples of 1 / up, a power of two as 1 / up is. */
@@ -40,4 +40,53 @@ static TARGET size_t NAMED(fix, WIDTH)(Factor *at)
             for (size_t j = 0; j < columns; j++) row[j] = NAMED(rounded_by, WIDTH)(row[j], up[j], down[j]);
     }
     return 1;
+}
+
+/* Store numbers in float32; return whether it holds them. */
+INLINE int NAMED(narrowed, WIDTH)(const double *numbers, float *to, size_t count)
+{
+    int lost = 0;
+    for (size_t n = 0; n < count; n++) {
+        to[n] = (float)numbers[n];
+        lost |= (double)to[n] != numbers[n];
+    }
+    return !lost;
+}
+
+/* A norm times `by` as float32, which is not 0 unless the norm is. */
+INLINE float NAMED(bound, WIDTH)(double squares, double by)
+{
+    double error = __builtin_sqrt(squares) * by;
+    return (float)(error > 0 && error < FLT_MIN ? FLT_MIN : error);
+}
+
+static TARGET size_t NAMED(lay_out, WIDTH)(Factors *at)
+{
+    size_t rank = at->rank, count = (at->columns + LANES - 1) / LANES;
+    double largest = 0;
+    at->held = NAMED(narrowed, WIDTH)(at->left, at->near_left, at->rows * rank);
+    for (size_t p = 0; p < count; p++) {
+        double *panel = at->panels + p * rank * LANES, squares[LANES] = {0}, most = 0;
+        size_t some = at->columns - p * LANES < LANES ? at->columns - p * LANES : LANES;
+        for (size_t k = 0; k < rank; k++, panel += LANES) {
+            memcpy(panel, at->right + k * at->columns + p * LANES, some * 8);
+            memset(panel + some, 0, (LANES - some) * 8);
+            for (size_t n = 0; n < LANES; n++) squares[n] += panel[n] * panel[n];
+        }
+        for (size_t n = 0; n < LANES; n++) most = squares[n] > most ? squares[n] : most;
+        panel -= rank * LANES;
+        at->held &= NAMED(narrowed, WIDTH)(panel, at->near_panels + p * rank * LANES, rank * LANES);
+        at->panel_error[p] = NAMED(bound, WIDTH)(most, 1.01);
+        largest = most > largest ? most : largest;
+    }
+    /* `rank` sums and the exact one are rounded, by at most 2^-24 of |left|·|right| each, and so are factors that
+     * float32 does not hold; 1 more is for what is of second order. */
+    double by = (double)(rank + (at->held ? 2 : 4)) * 0x1p-24 * 1.01;
+    for (size_t i = 0; i < at->rows; i++) {
+        double squares = 0;
+        for (size_t k = 0; k < rank; k++) squares += at->left[i * rank + k] * at->left[i * rank + k];
+        at->row_error[i] = NAMED(bound, WIDTH)(squares, by);
+        largest = squares > largest ? squares : largest;
+    }
+    return largest < 0x1p40; /* norms below 2^20, up to which this is a bound */
 }

@@ -6,6 +6,7 @@
  * how, says engine/residual/codes.py, whose formulas in NumPy give the same bytes. `fixed.h` has that, `residual.h` the predictions,
  * `ranks.h` the codes, all compiled for each width of vectors. C for its speed alone.
  */
+#include <float.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -64,13 +65,22 @@ typedef struct {
     size_t room, bytes;         /* `bytes` of it are filled */
 } Blocks;
 
-/* The same fields, in the same order, as `_Factor` in residual.py. */
+/* The same fields, in the same order, as `_Factor` in steps.py. */
 typedef struct {
     double *factor; /* (rows, columns): in place */
     size_t rows, columns;
     size_t bits, across; /* multiples of 2^-bits of the power of two above the largest of a row if `across`, or of a column */
     double *scales;      /* memory for two of each of these */
 } Factor;
+
+/* The same fields, in the same order, as `_Factors` in steps.py: what becomes those of a Step. */
+typedef struct {
+    const double *left, *right; /* (rows, rank), (rank, columns) */
+    size_t rows, columns, rank;
+    double *panels;
+    float *near_left, *near_panels, *row_error, *panel_error;
+    size_t held;
+} Factors;
 
 static const uint32_t EXPONENT[] = {0x7f80, 0x7c00, 0x7f800000};
 static const int MANTISSA[] = {7, 10, 23};
@@ -246,6 +256,7 @@ size_t loratools_residual_width(void)
 size_t loratools_encode(Tile *at, size_t width) { return width == 16 ? encode_16(at) : encode_8(at); }
 size_t loratools_decode(Tile *at, size_t width) { return width == 16 ? decode_16(at) : decode_8(at); }
 size_t loratools_fix(Factor *at, size_t width) { return width == 16 ? fix_16(at) : fix_8(at); }
+size_t loratools_lay_out(Factors *at, size_t width) { return width == 16 ? lay_out_16(at) : lay_out_8(at); }
 #else
 #define TARGET
 #define WIDTH 4
@@ -259,6 +270,7 @@ size_t loratools_residual_width(void) { return 4; }
 size_t loratools_encode(Tile *at, size_t width) { return (void)width, encode_4(at); }
 size_t loratools_decode(Tile *at, size_t width) { return (void)width, decode_4(at); }
 size_t loratools_fix(Factor *at, size_t width) { return (void)width, fix_4(at); }
+size_t loratools_lay_out(Factors *at, size_t width) { return (void)width, lay_out_4(at); }
 #endif
 
 static uint8_t *put_size(uint8_t *to, size_t size)
@@ -294,5 +306,6 @@ size_t loratools_encode_blocks(Blocks *at, size_t width)
 /* Whoever calls checks that it means the same fields. */
 size_t loratools_blocks_size(void) { return sizeof(Blocks); }
 size_t loratools_factor_size(void) { return sizeof(Factor); }
+size_t loratools_factors_size(void) { return sizeof(Factors); }
 size_t loratools_step_size(void) { return sizeof(Step); }
 size_t loratools_tile_size(void) { return sizeof(Tile); }

@@ -10,18 +10,16 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from threading import local
 from typing import Any
 
 import numpy as np
 
-from loratools.linalg.native import loaded
-from loratools.linalg.native.steps import LANES, Product, Step, address
+from loratools.linalg.native import loaded, steps
+from loratools.linalg.native.steps import LANES, LIBRARY, Product, Step, address
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-LIBRARY = Path(__file__).with_name("libresidual.so")
 CHUNK, MOST_ROWS, MOST_PLANES = 64, 8, 23  # as in residual.c, all of them
 DTYPES = {"BF16": 0, "F16": 1, "F32": 2}
 SPARSE, DENSE, LISTED = range(3)
@@ -60,21 +58,12 @@ class _Blocks(ctypes.Structure):
     )
 
 
-class _Factor(ctypes.Structure):
-    """The same fields, in the same order, as `Factor` in residual.c."""
-
-    _fields_ = (
-        ("factor", ctypes.c_void_p),
-        *((name, ctypes.c_size_t) for name in ("rows", "columns", "bits", "across")),
-        ("scales", ctypes.c_void_p),
-    )
-
-
 @cache
 def _library() -> tuple[Any, int]:
     """Return the compiled library and the numbers of its widest vectors; None and 0 where it does not serve."""
-    sizes = {"step_size": Step, "tile_size": _Tile, "blocks_size": _Blocks, "factor_size": _Factor}
-    return loaded.load(LIBRARY, "residual_width", sizes, ("encode", "encode_blocks", "decode", "fix"))
+    sizes = {"step_size": Step, "tile_size": _Tile, "blocks_size": _Blocks}
+    library, widest = loaded.load(LIBRARY, "residual_width", sizes, ("encode", "encode_blocks", "decode"))
+    return (library, widest) if steps.serves() else (None, 0)
 
 
 def available() -> bool:
@@ -105,27 +94,6 @@ class _Memory(local):
 
 
 _memory = _Memory()
-
-
-def fix(factor: Array, bits: int, axis: int, *, width: int | None = None) -> bool:
-    """Round each row, or column, to multiples of 2^-bits of the power of two above its largest number, in place.
-
-    Args:
-        factor: Float64, (rows, columns), in C's order; finite.
-        bits: How many bits the largest number keeps, at most 52.
-        axis: 1 for rows, 0 for columns.
-        width: Numbers of a vector, one of `widths()`. Default: as many as the processor has.
-
-    Returns:
-        False where nothing was changed: nothing serves, or one of these powers of two is no float64.
-    """
-    library, widest = _library()
-    if not widest or factor.dtype != np.float64 or not factor.flags.c_contiguous or not factor.flags.writeable:
-        return False
-    rows, columns = factor.shape
-    scales = _memory.of("scales", 2 * (rows if axis else columns), np.dtype(np.float64))
-    call = _Factor(address(factor), rows, columns, bits, axis, address(scales))
-    return bool(library.loratools_fix(ctypes.byref(call), width or widest))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,17 +1,24 @@
-"""What residual.c takes back from merged numbers: products left·right on rectangles of a matrix."""
+"""What residual.c takes back from merged numbers: products left·right on rectangles of a matrix, in fixed point.
+
+`fixed.h` has the code, which is part of the library of residual.c.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from loratools.linalg.native import loaded
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
+LIBRARY = Path(__file__).with_name("libresidual.so")
 LANES = 32  # columns of a panel, as in residual.c
-_LARGEST = 2.0**20  # norms up to which the bound of the error in float32 is one
 
 
 class Step(ctypes.Structure):
@@ -23,6 +30,39 @@ class Step(ctypes.Structure):
         ("held", ctypes.c_size_t),
         *((name, ctypes.c_void_p) for name in ("row_error", "panel_error", "by_row", "by_column")),
     )
+
+
+class _Factor(ctypes.Structure):
+    """The same fields, in the same order, as `Factor` in residual.c."""
+
+    _fields_ = (
+        ("factor", ctypes.c_void_p),
+        *((name, ctypes.c_size_t) for name in ("rows", "columns", "bits", "across")),
+        ("scales", ctypes.c_void_p),
+    )
+
+
+class _Factors(ctypes.Structure):
+    """The same fields, in the same order, as `Factors` in residual.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("left", "right")),
+        *((name, ctypes.c_size_t) for name in ("rows", "columns", "rank")),
+        *((name, ctypes.c_void_p) for name in ("panels", "near_left", "near_panels", "row_error", "panel_error")),
+        ("held", ctypes.c_size_t),
+    )
+
+
+@cache
+def _library() -> tuple[Any, int]:
+    """Return the compiled library and the numbers of its widest vectors; None and 0 where it does not serve."""
+    sizes = {"step_size": Step, "factor_size": _Factor, "factors_size": _Factors}
+    return loaded.load(LIBRARY, "residual_width", sizes, ("fix", "lay_out"))
+
+
+def serves() -> bool:
+    """Tell whether the C code was compiled at installation, and serves this processor."""
+    return _library()[1] > 0
 
 
 def address(array: Array | None) -> int | None:
@@ -56,34 +96,41 @@ def product(
         ValueError: Arrays do not go together.
     """
     height, width, rank = len(range(*rows)), columns[1] - columns[0], left.shape[1]
-    gains = [(height, by_row), (width, by_column)]
+    sides = [(height, by_row), (width, by_column)]
     alike = left.shape == (height, rank) and right.shape == (rank, width)
-    if not alike or any(g is not None and (g.shape != (n,) or g.dtype != np.float32) for n, g in gains):
+    if not alike or any(g is not None and (g.shape != (n,) or g.dtype != np.float32) for n, g in sides):
         raise ValueError(f"rows {rows}, columns {columns}, left {left.shape}, right {right.shape} and g do not fit")
     if min(*rows, columns[0], width) < 0 or rows[2] < 1:
         raise ValueError(f"rows {rows} and columns {columns} are no rectangle")
-    left, panels = np.ascontiguousarray(left, np.float64), _panels(right)
-    norms = np.sqrt(np.einsum("ij,ij->i", left, left)), np.sqrt(np.square(panels).sum(1).max(1, initial=0))
-    near: tuple[Array | None, ...] = (None,) * 4
-    held = False
-    if all(norm.max(initial=0) < _LARGEST for norm in norms):
-        # k sums and the exact one are rounded, by at most 2^-24 of |left|·|right| each, and so are factors that float32
-        # does not hold; 1 more is for what is of second order.
-        near_left, near_panels = left.astype(np.float32), panels.astype(np.float32)
-        held = bool((near_left == left).all() and (near_panels == panels).all())
-        errors = norms[0] * (rank + (2 if held else 4)) * 2.0**-24 * 1.01, norms[1] * 1.01
-        smallest = np.finfo(np.float32).tiny
-        bounds = [np.where(error > 0, np.maximum(error, smallest), 0).astype(np.float32) for error in errors]
-        near = (near_left, near_panels, *bounds)
-    arrays = (left, panels, *near, *(None if g is None else np.ascontiguousarray(g) for _, g in gains))
-    places = [*map(address, arrays)]
-    return Product(Step(*rows, *columns, rank, *places[:4], held, *places[4:]), arrays)
+    left, right = np.ascontiguousarray(left, np.float64), np.ascontiguousarray(right, np.float64)
+    count = -(-width // LANES)
+    panels, near_panels = np.empty((count, rank, LANES)), np.empty((count, rank, LANES), np.float32)
+    near = (np.empty(left.shape, np.float32), near_panels, np.empty(height, np.float32), np.empty(count, np.float32))
+    call = _Factors(address(left), address(right), height, width, rank, address(panels), *map(address, near))
+    library, widest = _library()
+    bounded = library.loratools_lay_out(ctypes.byref(call), widest)
+    gains = tuple(None if g is None else np.ascontiguousarray(g) for g in (by_row, by_column))
+    factors = [address(left), address(panels), *(map(address, near[:2]) if bounded else (None, None)), call.held]
+    errors = [*(map(address, near[2:]) if bounded else (None, None))]
+    return Product(Step(*rows, *columns, rank, *factors, *errors, *map(address, gains)), (left, panels, *near, *gains))
 
 
-def _panels(right: Array) -> Array:
-    """Return right (k, columns) in panels of LANES columns, the last filled up with zeros."""
-    rank, columns = right.shape
-    count = -(-columns // LANES)
-    padded = np.zeros((rank, count * LANES))
-    padded[:, :columns] = right
-    return np.ascontiguousarray(padded.reshape(rank, count, LANES).transpose(1, 0, 2))
+def fix(factor: Array, bits: int, axis: int, *, width: int | None = None) -> bool:
+    """Round each row, or column, to multiples of 2^-bits of the power of two above its largest number, in place.
+
+    Args:
+        factor: Float64, (rows, columns), in C's order; finite.
+        bits: How many bits the largest number keeps, at most 52.
+        axis: 1 for rows, 0 for columns.
+        width: Numbers of a vector, one of `widths()`. Default: as many as the processor has.
+
+    Returns:
+        False where nothing was changed: nothing serves, or one of these powers of two is no float64.
+    """
+    library, widest = _library()
+    if not widest or factor.dtype != np.float64 or not factor.flags.c_contiguous or not factor.flags.writeable:
+        return False
+    rows, columns = factor.shape
+    scales = np.empty(2 * (rows if axis else columns))
+    call = _Factor(address(factor), rows, columns, bits, axis, address(scales))
+    return bool(library.loratools_fix(ctypes.byref(call), width or widest))

@@ -346,7 +346,7 @@ def test_factors_in_fixed_point_are_what_exact_arithmetic_gives(shape: tuple[int
     factor[:1] = -0.0
     factor[1:2] = 2.0 ** random.integers(-3, 3, factor[1:2].shape) * 1.5
     given = factor.copy()
-    assert residual.fix(given, 20, axis, width=width)
+    assert steps.fix(given, 20, axis, width=width)
     for line, old in zip(given if axis else given.T, factor if axis else factor.T, strict=True):
         largest = max((abs(Fraction(number)) for number in old), default=Fraction(0))
         above = Fraction(1)
@@ -365,7 +365,7 @@ def test_factors_in_fixed_point_are_what_exact_arithmetic_gives(shape: tuple[int
 def test_what_cannot_be_fixed_in_c_is_left_as_it_is(factor: Array) -> None:
     """Powers of two that are no float64, other dtypes and orders."""
     before = factor.copy()
-    assert not residual.fix(factor, 20, 1)
+    assert not steps.fix(factor, 20, 1)
     np.testing.assert_array_equal(factor, before)
 
 
