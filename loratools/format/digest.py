@@ -18,10 +18,9 @@ def adapter_digest(adapter: Adapter, algorithm: str = digest.DEFAULT) -> str:
     """
     key = "digest", id(adapter), algorithm
     if (known := remembered().get(key)) is None:
-        tensors = manifest.tensors_of(adapter)
-        read = chunks_of_all(in_order_of_files(tensors))
-        of_each = ((name, tensors[name].dtype, tensors[name].shape, chunks) for name, chunks in read)
-        known = adapter, digest.root_of(of_each, algorithm)
+        tensors = in_order_of_files(manifest.tensors_of(adapter))
+        in_files = all(lazy.spec is not None and lazy.spec.encoding is None for lazy in tensors.values())
+        known = adapter, digest.root_of_all(tensors, chunks_of_all, algorithm, threads=None if in_files else 1)
         remember(key, known)  # with the adapter, whose id is then nobody else's
     return str(known[1])
 

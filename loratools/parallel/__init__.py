@@ -17,8 +17,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from threading import Thread
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from loratools.errors import LoraToolsError
 
@@ -111,6 +113,33 @@ def each(
     if refuse and problems:
         raise refuse(problems)
     return results
+
+
+def side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Return work(item) for each, in order, all at once: the last in this thread, each other in one of its own.
+
+    For few items, in a command that is short: importing `concurrent.futures` takes it a tenth of its time. When all
+    have ended, the first exception is raised.
+    """
+    done: list[Result | BaseException | None] = [None] * len(items)
+
+    def run(number: int) -> None:
+        try:
+            done[number] = work(items[number])
+        except BaseException as error:  # raised below, in the thread that asked
+            done[number] = error
+
+    others = [Thread(target=copy_context().run, args=(run, number)) for number in range(len(items) - 1)]
+    for thread in others:
+        thread.start()
+    if items:
+        run(len(items) - 1)
+    for thread in others:
+        thread.join()
+    for result in done:
+        if isinstance(result, BaseException):
+            raise result
+    return cast("list[Result]", done)
 
 
 def no_progress(count: int) -> None:

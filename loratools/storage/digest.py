@@ -11,11 +11,12 @@ BLAKE3 (256 bits) or SHA-256, and a digest is written `blake3:<64 hex digits>`. 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from loratools.errors import BadFile
+from loratools.parallel import cores, side_by_side
 
 Algorithm = Literal["blake3", "sha256"]
 
@@ -32,6 +33,24 @@ class Hasher(Protocol):
     def digest(self) -> bytes: ...
     def hexdigest(self) -> str: ...
     def copy(self) -> Hasher: ...
+
+
+class _Stored(Protocol):
+    """A tensor whose bytes are somewhere: `TensorSpec` and `LazyTensor`."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+Stored = TypeVar("Stored", bound=_Stored)
+Read = Callable[[Mapping[str, Stored]], Iterator[tuple[str, Iterable[Any]]]]
+"""Yields names of tensors and their data, each in pieces that are valid until the next is asked for."""
+
+_SHARE = 16 << 20  # bytes to hash that are worth a thread
 
 
 def new(algorithm: str = DEFAULT) -> Hasher:
@@ -91,15 +110,41 @@ def schema(tensors: Mapping[str, tuple[str, tuple[int, ...]]], algorithm: str = 
     return _over_names(b"loratools.schema.v1\0", tensors, lambda name: _signature(*tensors[name]), algorithm)
 
 
-def root_of(tensors: Iterable[tuple[str, str, Iterable[int], Iterable[Any]]], algorithm: str = DEFAULT) -> str:
-    """Return the `root` over tensors: the name, dtype, shape and data in `chunks` of bytes of each, in any order."""
+def root_of_all(
+    tensors: Mapping[str, Stored], read: Read[Stored], algorithm: str = DEFAULT, *, threads: int | None = None
+) -> str:
+    """Return the `root` over tensors, of which `read` yields names and data in pieces.
+
+    Many bytes are shared out among `threads`, by default one per core; each reads in the order of `tensors`.
+    """
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    shares = _shares(tensors, total, min(threads or cores(), total // _SHARE))
+
+    def work(names: Sequence[str]) -> dict[str, bytes]:
+        raw = {}
+        for name, chunks in read({name: tensors[name] for name in names}):
+            hasher = start_tensor(tensors[name].dtype, tensors[name].shape, algorithm)
+            for chunk in chunks:
+                hasher.update(chunk)
+            raw[name] = hasher.digest()
+        return raw
+
     raw: dict[str, bytes] = {}
-    for name, dtype, shape, chunks in tensors:
-        hasher = start_tensor(dtype, shape, algorithm)
-        for chunk in chunks:
-            hasher.update(chunk)
-        raw[name] = hasher.digest()
+    for part in side_by_side(work, shares):
+        raw |= part
     return root_of_raw(raw, algorithm)
+
+
+def _shares(tensors: Mapping[str, Stored], total: int, count: int) -> list[list[str]]:
+    """Return the names in so many parts of about equal size, at least one, each of tensors that follow each other."""
+    parts: list[list[str]] = [[]]
+    done = 0
+    for name, tensor in tensors.items():
+        if len(parts) < count and parts[-1] and done * count >= total * len(parts):
+            parts.append([])
+        parts[-1].append(name)
+        done += tensor.nbytes
+    return parts
 
 
 def root_of_raw(raw: Mapping[str, bytes], algorithm: str = DEFAULT) -> str:

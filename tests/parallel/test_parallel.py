@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from threading import Event, get_ident
+from contextvars import ContextVar
+from threading import Barrier, Event, get_ident
 
 import pytest
 
 from loratools.errors import BadFile, LoraToolsError
-from loratools.parallel import cores, each, workers
+from loratools.parallel import cores, each, side_by_side, workers
 from tests.conftest import clean_env
 
 
@@ -42,6 +43,34 @@ def test_every_problem_is_in_one_error() -> None:
             refuse=lambda lines: BadFile(f"{len(lines)} are odd", lines),
         )
     assert caught.value.problems == ("b: 1 is odd", "d: 3 is odd")
+
+
+def test_side_by_side_all_run_at_once_and_the_last_in_this_thread() -> None:
+    met, context = Barrier(3), ContextVar("context", default=0)
+    context.set(7)
+
+    def work(number: int) -> tuple[int, int, int]:
+        met.wait(60)  # no one ends before all have begun
+        return number * number, context.get(), get_ident()
+
+    done = side_by_side(work, [3, 4, 5])
+    assert [result[:2] for result in done] == [(9, 7), (16, 7), (25, 7)]
+    assert [thread == get_ident() for *_, thread in done] == [False, False, True]
+    assert side_by_side(work, []) == []
+
+
+@pytest.mark.parametrize("bad", [[0], [2], [0, 2]])
+def test_side_by_side_the_first_error_is_raised_when_all_have_ended(bad: list[int]) -> None:
+    ended = []
+
+    def work(number: int) -> None:
+        if number in bad:
+            raise ValueError(number)
+        ended.append(number)
+
+    with pytest.raises(ValueError, match=str(bad[0])):
+        side_by_side(work, [0, 1, 2])
+    assert sorted(ended) == sorted({0, 1, 2} - set(bad))
 
 
 def test_after_a_failure_nothing_more_begins() -> None:

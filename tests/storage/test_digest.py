@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ from blake3 import blake3
 from safetensors.torch import save_file
 
 from loratools.errors import BadFile
+from loratools.parallel import cores
 from loratools.storage import digest, files
 from loratools.storage.checkpoint import Checkpoint
+from loratools.storage.header import TensorSpec, read_header
+from loratools.storage.lazy import LazyTensor, chunks_of_all
 
 W = bytes([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11])
 W_BYTES = (
@@ -45,9 +49,48 @@ def test_schema_and_root() -> None:
     root = b"loratools.model.v1\x00" + b"s\x00" + bytes.fromhex(sha(S_BYTES)) + b"w\x00" + bytes.fromhex(sha(W_BYTES))
     digests = {"w": f"sha256:{sha(W_BYTES)}", "s": f"sha256:{sha(S_BYTES)}"}
     assert digest.root(digests, "sha256") == f"sha256:{sha(root)}"
-    read = [("w", "BF16", (2, 3), [W[:5], W[5:]]), ("s", "F32", (), [b"\0\0\x80\x3f"])]
-    assert digest.root_of(read, "sha256") == digest.root(digests, "sha256")
+    stored = {"w": LazyTensor.holding("BF16", (2, 3), memoryview(W))}
+    stored["s"] = LazyTensor.holding("F32", (), memoryview(b"\0\0\x80\x3f"))
+    assert digest.root_of_all(stored, chunks_of_all, "sha256") == digest.root(digests, "sha256")
+    assert digest.root_of_all({}, chunks_of_all, "sha256") == digest.root({}, "sha256")
     assert digest.root({}, "sha256") == f"sha256:{sha(b'loratools.model.v1' + bytes(1))}"
+
+
+@pytest.mark.parametrize("threads", [None, 1, 2, 3, 9])
+@pytest.mark.parametrize("sizes", [(40, 3, 30, 0, 25), (90,), (1, 1, 60), (0, 0)])
+def test_a_root_does_not_depend_on_how_bytes_are_shared_out(
+    sizes: tuple[int, ...], threads: int | None, tmp_path: Path
+) -> None:
+    """Tensors of so many MiB in two files; each share is read by a thread of its own."""
+    whole = {f"t{n}": torch.full((size << 20,), n, dtype=torch.uint8) for n, size in enumerate(sizes)}
+    for file in (0, 1):
+        save_file({name: whole[name] for name in list(whole)[file::2]}, tmp_path / f"{file}.safetensors")
+    specs = {**read_header(tmp_path / "0.safetensors").tensors, **read_header(tmp_path / "1.safetensors").tensors}
+    shares: list[list[str]] = []
+
+    def noted(tensors: Mapping[str, TensorSpec]) -> Iterator[tuple[str, Iterator[memoryview]]]:
+        shares.append(list(tensors))
+        return files.chunks_of_all(tensors)
+
+    root = digest.root_of_all(specs, noted, threads=threads)
+    by_hand = b"loratools.model.v1\0"
+    for name, tensor in sorted(whole.items()):
+        head = b"loratools.tensor.v1\0U8\0" + (1).to_bytes(8, "little") + len(tensor).to_bytes(8, "little")
+        by_hand += name.encode() + b"\0" + blake3(head + tensor.numpy().tobytes()).digest()
+    assert root == f"blake3:{blake3(by_hand).hexdigest()}"
+    assert sorted(name for share in shares for name in share) == sorted(whole)
+    assert len(shares) <= max(1, min(threads or cores(), sum(sizes) // 16))
+    if sizes == (40, 3, 30, 0, 25) and threads == 3:
+        assert sorted(shares) == [["t0"], ["t2"], ["t4", "t1", "t3"]]
+
+
+def test_what_a_share_raises_is_raised(tmp_path: Path) -> None:
+    save_file({f"t{n}": torch.zeros(20 << 20, dtype=torch.uint8) for n in range(4)}, tmp_path / "a.safetensors")
+    specs = read_header(tmp_path / "a.safetensors").tensors
+    (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-1])
+    for threads in (1, 2, 4):
+        with pytest.raises(BadFile, match=r"a\.safetensors"):
+            digest.root_of_all(specs, files.chunks_of_all, threads=threads)
 
 
 def test_names_are_sorted_by_their_utf8_bytes() -> None:

@@ -34,8 +34,7 @@ def own_tensors(subject: Subject) -> Iterator[Fault]:
     if subject.specs is None or not isinstance(stated, str) or not is_digest(stated):
         return
     algorithm = digest.algorithm_of(stated)
-    read = files.chunks_of_all(subject.specs)
-    computed = digest.root_of(((name, *subject.tensors[name], chunks) for name, chunks in read), algorithm)
+    computed = digest.root_of_all(subject.specs, files.chunks_of_all, algorithm)
     if computed != stated:
         fault = f"the tensors are not those that were sealed: the manifest says {stated}, the file has {computed}"
         yield "digest", fault
