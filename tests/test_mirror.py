@@ -45,7 +45,7 @@ ELSEWHERE = {
     "live/below/test_meta": "live/below: silent",
     "storage/pickles/test_archive": "storage/pickles: unpickle",
     "storage/codecs/test_awq": "storage/codecs: _transposed auto_round",
-    "storage/codecs/test_schemes": "storage/codecs: unread",
+    "storage/codecs/test_schemes": "storage/codecs: encoding unread",
     "storage/codecs/test_compressed_tensors": "storage/codecs: _blocks _groups _integers",
     "storage/codecs/test_comfy": "storage/codecs: _tiled comfy_scaled fp8_cast",
     "storage/codecs/test_fp8": "storage/codecs: state tables",

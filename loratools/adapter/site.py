@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from math import gcd
+
+
+class NoPlace(Exception):
+    """Why a module has no certain place, and what would decide it; becomes a line of the resolver's error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,21 @@ class Site:
         place = (start, stop, 1)
         rows, columns = (self.rows, place) if self.transposed else (place, self.columns)
         return Site(self.tensor, self.matrix, rows, columns, (part, part + stop - start), self.transposed)
+
+
+def clashes(placed: Iterable[tuple[str, Site]]) -> Iterator[tuple[str, str, str]]:
+    """Yield a tensor and each two modules, sorted, that are placed on the same elements of it.
+
+    >>> list(clashes([("q", Site.whole("w", (2, 2))), ("k", Site.whole("v", (2, 2))), ("k", Site.whole("w", (2, 2)))]))
+    [('w', 'q', 'k')]
+    """
+    by_tensor: dict[str, list[tuple[str, Site]]] = defaultdict(list)
+    for module, site in placed:
+        by_tensor[site.tensor].append((module, site))
+    for tensor, together in by_tensor.items():
+        pairs = {(a, b) for (a, first), (b, second) in combinations(together, 2) if a != b and first.meets(second)}
+        for a, b in sorted(pairs):
+            yield tensor, a, b
 
 
 def _meet(first: tuple[int, int, int], second: tuple[int, int, int]) -> bool:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.input import AdapterInput
 from loratools.adapter.model import Adapter
 from loratools.adapter.placement.resolve import Placement
 from loratools.engine.task import TILE
 from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.codecs import Encoding, Grid
 from loratools.storage.header import TensorSpec
 from loratools.storage.layout import FilePlan
+
+if TYPE_CHECKING:
+    from loratools.storage.codecs import Encoding, Grid
 
 # Resident bytes of a process that has imported torch (a CPU build), and of one that has not; measured.
 _TORCH, _NUMPY = 260_000_000, 50_000_000

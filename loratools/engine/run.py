@@ -14,9 +14,7 @@ from threading import Event, local
 from typing import TYPE_CHECKING, Any
 
 from loratools.decisions import decided, detailed
-from loratools.engine import stochastic
 from loratools.engine.arithmetic import native, passed
-from loratools.engine.arithmetic.torch import TorchRows, Workspace
 from loratools.engine.copies import Range, copy_ranges
 from loratools.engine.device import LANES, TILES, exact_products, kind_of
 from loratools.engine.load import check_effect, is_wide, load_products, load_sums, load_terms
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Work:
     """A tensor to be changed, and where it goes in one file: one slot, or those of its parts where it becomes codes."""
 
@@ -52,7 +50,7 @@ class Work:
 Run = Callable[[TensorTask, Arithmetic], TensorResult]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Settings:
     """How to run: nothing here changes a byte of the output, but for `device` (`device.py` has the policy), and
     `rounding`, `nearest` or `stochastic`, which draws by `seed`. `before` has functions for tensors that are
@@ -81,7 +79,11 @@ class Settings:
 
     def random(self, dtype: str) -> bool:
         """Tell whether a tensor of this dtype is rounded at random."""
-        return self.rounding == "stochastic" and dtype in stochastic.DTYPES
+        if self.rounding != "stochastic":
+            return False
+        from loratools.engine.stochastic import DTYPES  # most merges round to nearest
+
+        return dtype in DTYPES
 
 
 def in_torch(plan: MergePlan, settings: Settings | None = None) -> Set[str]:
@@ -261,6 +263,9 @@ class _Job:
     def _in_torch(self, task: TensorTask, change: Change, run_with: Run | None = None) -> TensorResult:
         import torch
 
+        from loratools.engine.arithmetic.torch import TorchRows, Workspace
+        from loratools.engine.stochastic import Stochastic
+
         device, settings = torch.device(self.settings.device), self.settings
         if device.type == "mps" and self._needs_float64(task, change):
             device = torch.device("cpu")
@@ -272,7 +277,7 @@ class _Job:
         with workspace.lane():
             terms = load_terms(self.plan, change, task.dtype, task.name, device)
             random = settings.random(task.dtype)
-            drawn = stochastic.Stochastic(settings.seed, task.name, task.dtype) if random else None
+            drawn = Stochastic(settings.seed, task.name, task.dtype) if random else None
             wide = is_wide(change, task.dtype)
             rows = TorchRows(task, terms, workspace, wide=wide, stochastic=drawn)
             return (run_with or self._run)(task, rows)

@@ -63,7 +63,7 @@ class Loss:
     left2: float
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class TensorResult:
     """What was measured on the way: base digests by algorithm, and the sums behind the delta retention.
 
@@ -95,7 +95,7 @@ def retention(results: Sequence[TensorResult]) -> float | None:
     return kept / total if total and math.isfinite(total) and math.isfinite(kept) else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Changed:
     """A tile as it is to be written, the sums of `TensorResult` over its measured rows, and what a cast lost."""
 

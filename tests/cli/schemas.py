@@ -142,7 +142,7 @@ def variants(command: str, types_of: Types) -> list[dict[str, Schema]]:
     """Return the properties of each document that a command can print when all is well."""
     fields = lambda place: types_of.fields(load(place))  # noqa: E731
     of = lambda place: types_of.of(load(place))  # noqa: E731
-    planned = fields("surgery.inputs.planned:Planned") | DRY
+    planned = fields("surgery.inputs.planning:Planned") | DRY
     match command:
         case "combine" | "resize":
             return [fields("surgery.combine:Combination"), planned]

@@ -12,12 +12,9 @@ from math import ceil
 from typing import Any
 
 from loratools.adapter.naming.conversions import Made
+from loratools.adapter.site import NoPlace
 
 Shape = tuple[int, ...]
-
-
-class NoPlace(Exception):
-    """Why a module has no certain place, and what would decide it; becomes a line of the resolver's error."""
 
 
 @dataclass(frozen=True, slots=True)

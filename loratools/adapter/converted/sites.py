@@ -7,13 +7,13 @@ saved as transformers has it in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from math import prod
 
-from loratools.adapter.converted.pieces import Block, NoPlace, Piece, Span, blocks_of
+from loratools.adapter.converted.pieces import Block, Piece, Span, blocks_of
 from loratools.adapter.kinds import Update
 from loratools.adapter.naming.wrappers import Names
-from loratools.adapter.site import Site
+from loratools.adapter.site import NoPlace, Site
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -42,20 +42,6 @@ def _in_files(block: Block, names: Names) -> Block:
     loaded = names.loaded
     assert loaded is not None
     return Block(block.shape, tuple(Piece(loaded.tensor(piece.tensor), piece.spans) for piece in block.pieces))
-
-
-def fitted(update: Update, shapes: Sequence[tuple[int, ...]]) -> Update:
-    """Return an update that knows the shape of its weight, the first that fits; its parts may leave it open.
-
-    Raises `NoPlace` with why the likeliest does not fit.
-    """
-    problems = []
-    for shape in shapes:
-        try:
-            return update.fitted(shape)
-        except ValueError as error:
-            problems.append(str(error))
-    raise NoPlace(problems[0])
 
 
 def sites_of(block: Block, name: str, update: Update, shapes: Shapes) -> list[Site]:

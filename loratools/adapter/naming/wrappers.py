@@ -11,12 +11,11 @@ import re
 from bisect import bisect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
-from functools import cached_property
-from typing import Any
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
 
-from loratools.adapter.naming.conversions import conversion
-from loratools.adapter.naming.loaded import Loaded
+if TYPE_CHECKING:
+    from loratools.adapter.naming.loaded import Loaded
 
 # Leading segments that only wrap a model: `language_model.model.layers.0…`, `model.language_model.layers.0…` and
 # `layers.0…` are one module. Names of towers (`vision_tower`, `encoder`, …) are no wrappers: they tell modules apart.
@@ -34,17 +33,22 @@ RENAMED = (("embed_out", "lm_head"), ("vision_tower.vision_model", "vision_tower
 # The same inside the layers of image encoders: ViT, DeiT, BEiT, MAE, DINOv2, Swin, SegFormer. Other models' names that
 # look like the old ones change too, in the adapter and in the base alike, so that equal names stay equal.
 _INSIDE = (
-    (re.compile(r"encoder\.block\.(\d+)\.(?=\d)"), r"stages.\1.blocks."),
-    (re.compile(r"encoder\.layer\."), "layers."),
-    (re.compile(r"\battention\.(?:attention|self)\.query\b"), "attention.q_proj"),
-    (re.compile(r"\battention\.(?:attention|self)\.key\b"), "attention.k_proj"),
-    (re.compile(r"\battention\.(?:attention|self)\.value\b"), "attention.v_proj"),
-    (re.compile(r"\battention\.output\.dense\b"), "attention.o_proj"),
-    (re.compile(r"\bmlp\.dense([12])\b"), r"mlp.fc\1"),
-    (re.compile(r"\bintermediate\.dense\b"), "mlp.fc1"),
-    (re.compile(r"\boutput\.dense\b"), "mlp.fc2"),
+    (r"encoder\.block\.(\d+)\.(?=\d)", r"stages.\1.blocks."),
+    (r"encoder\.layer\.", "layers."),
+    (r"\battention\.(?:attention|self)\.query\b", "attention.q_proj"),
+    (r"\battention\.(?:attention|self)\.key\b", "attention.k_proj"),
+    (r"\battention\.(?:attention|self)\.value\b", "attention.v_proj"),
+    (r"\battention\.output\.dense\b", "attention.o_proj"),
+    (r"\bmlp\.dense([12])\b", r"mlp.fc\1"),
+    (r"\bintermediate\.dense\b", "mlp.fc1"),
+    (r"\boutput\.dense\b", "mlp.fc2"),
 )
 _SIGNS = ("encoder.", "attention.", "dense")  # every name that _INSIDE changes has one, most names have none
+
+
+@cache
+def _inside() -> tuple[tuple[re.Pattern[str], str], ...]:
+    return tuple((re.compile(old), new) for old, new in _INSIDE)
 
 
 def normalized(path: str) -> str:
@@ -65,7 +69,7 @@ def normalized(path: str) -> str:
         if bare == old or bare.startswith(f"{old}."):
             return new + bare.removeprefix(old)
     if any(sign in bare for sign in _SIGNS):
-        for pattern, new in _INSIDE:
+        for pattern, new in _inside():
             bare = pattern.sub(new, bare)
     return bare
 
@@ -97,6 +101,9 @@ class Names:
     @cached_property
     def loaded(self) -> Loaded | None:
         """These tensors as transformers loads them; None where it does not know the model."""
+        from loratools.adapter.naming.conversions import conversion  # of no use where exact names serve
+        from loratools.adapter.naming.loaded import Loaded
+
         rules = conversion(self.config)
         return None if rules is None else Loaded(rules, self._tensors)
 
@@ -123,6 +130,8 @@ class Names:
         [] once it was asked `_QUESTIONS` times: what is so wrong a base is told by the first of its problems. Compared
         are `_CANDIDATES` names, those that begin alike, and none that is longer than names are.
         """
+        from difflib import get_close_matches
+
         self._asked += 1
         if self._asked > _QUESTIONS or len(module) > _LONGEST:
             return []
@@ -136,7 +145,7 @@ class Names:
         return get_close_matches(module, alike[at : at + _CANDIDATES], n=count, cutoff=0.3)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Fusion:
     """Projections that a model stores in one weight, in this order along the output features.
 
@@ -152,6 +161,10 @@ class Fusion:
     def position(self, name: str) -> int | None:
         """Return which of the parts a projection is, or None."""
         return next((i for i, names in enumerate(self.parts) if name in names), None)
+
+    def is_of(self, model_type: str) -> bool:
+        """Tell whether models of a type store the projections in this order."""
+        return self.models is None or model_type in self.models or model_type in self.by_head
 
     def fits(self, rows: int, position: int, total: int, config: Mapping[str, Any]) -> bool:
         """Tell whether a part can have `rows` of `total`: q at least as many as k and v each, gate as many as up."""

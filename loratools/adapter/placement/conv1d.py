@@ -8,10 +8,12 @@ with one shows its own orientation, and that of square ones of its name or of th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from loratools.adapter.kinds import Update
 from loratools.adapter.naming.wrappers import LINEAR
+from loratools.adapter.site import NoPlace
 from loratools.storage.codecs.turned import CONV1D
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -19,7 +21,21 @@ Shapes = Mapping[str, tuple[int, ...]]
 _NAMES = CONV1D["gpt2"]
 
 
-@dataclass(frozen=True, slots=True)
+def fitted(update: Update, shapes: Sequence[tuple[int, ...]]) -> Update:
+    """Return an update that knows the shape of its weight, the first that fits; its parts may leave it open.
+
+    Raises `NoPlace` with why the likeliest does not fit.
+    """
+    problems = []
+    for shape in shapes:
+        try:
+            return update.fitted(shape)
+        except ValueError as error:
+            problems.append(str(error))
+    raise NoPlace(problems[0])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Conv1D:
     """What a base's names, shapes and model type say of its linear layers.
 

@@ -15,13 +15,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from loratools.adapter.converted.pieces import NoPlace
 from loratools.adapter.converted.sites import block_of, stack_sites_of
 from loratools.adapter.kinds import Update
 from loratools.adapter.naming.stacked import INTERLEAVED, STORED_IN_OUT, known_type
 from loratools.adapter.naming.wrappers import Names
 from loratools.adapter.placement.stacks import MODEL_TYPE, PARAMETERS, Shapes, lies_in_out, listed, spellings, switched
-from loratools.adapter.site import Site
+from loratools.adapter.site import NoPlace, Site
 
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<number>\d+)\.(?P<name>\w+)")
 _LISTED = re.compile(r"(?P<stack>.+\.experts)\.(?P<parameter>\w+_proj)s\.(?P<number>\d+)")

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from loratools.adapter.model import Adapter
-from loratools.adapter.naming.llama_cpp import Layout, model_type, module_of, place, refusal, whole_refusal
-from loratools.adapter.naming.llama_cpp_table import TABLE
 from loratools.adapter.placement.resolve import Placement, resolve
 from loratools.adapter.placement.stacks import path_of
 from loratools.adapter.placement.weight import over_weights
 from loratools.adapter.placement.whole import resolve_replacements
-from loratools.adapter.site import Site
 from loratools.errors import IncompatibleAdapter, UnsupportedAdapter, counted
 from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.codecs import Encoding
-from loratools.storage.header import TensorSpec
+
+if TYPE_CHECKING:
+    from loratools.adapter.naming.llama_cpp import Layout
+    from loratools.adapter.site import Site
+    from loratools.storage.codecs import Encoding
+    from loratools.storage.header import TensorSpec
 
 STATED = "gguf"
 """Field of a GGUF base's config: its architecture and heads, as its own fields say."""
@@ -44,6 +45,9 @@ def under_adapters_names(base: Checkpoint, adapters: Sequence[Adapter]) -> Check
     """
     if not is_gguf(base):
         return base
+    from loratools.adapter.naming.llama_cpp import model_type, module_of, place  # for a GGUF base alone
+    from loratools.adapter.naming.llama_cpp_table import TABLE
+
     architecture = _layout(base.config).architecture
     if architecture not in TABLE:
         raise UnsupportedAdapter(
@@ -79,7 +83,7 @@ def _named(spec: TensorSpec, name: str) -> TensorSpec:
     """Return a tensor whose codes, if it is stored as codes, go by this name."""
     if spec.encoding is None:
         return spec
-    encoding = cast(Encoding, spec.encoding)
+    encoding = cast("Encoding", spec.encoding)
     module = replace(encoding.module, path=name.rpartition(".")[0], names={"weight": name})
     return spec._replace(encoding=replace(encoding, module=module))
 
@@ -91,6 +95,8 @@ def stored_name(name: str, base: Checkpoint) -> str:
     """
     if name in base.origins:
         return base.origins[name]
+    from loratools.adapter.naming.llama_cpp import place
+
     module, _, parameter = name.rpartition(".")
     architecture = _layout(base.config).architecture
     if (at := place(module, architecture)) is None:
@@ -105,6 +111,8 @@ def resolve_on(base: Checkpoint, adapter: Adapter, shapes: Shapes) -> list[Place
     """
     if not is_gguf(base):
         return over_weights(base, resolve(adapter, shapes, base.config))
+    from loratools.adapter.naming.llama_cpp import model_type, module_of
+
     layout = _layout(base.config)
     _refuse(base, adapter, shapes, layout)
     stacks: dict[str, tuple[str, int]] = {}
@@ -129,6 +137,8 @@ def resolve_on(base: Checkpoint, adapter: Adapter, shapes: Shapes) -> list[Place
 
 def _refuse(base: Checkpoint, adapter: Adapter, shapes: Shapes, layout: Layout) -> None:
     """Raise `IncompatibleAdapter` with all that the converter changes further than an update can follow."""
+    from loratools.adapter.naming.llama_cpp import refusal, whole_refusal
+
     problems = [
         f"{module}: {why}" for module in adapter.updates if (why := refusal(path_of(module), layout.architecture))
     ]
@@ -175,5 +185,7 @@ def _in_file(
 
 
 def _layout(config: Mapping[str, Any]) -> Layout:
+    from loratools.adapter.naming.llama_cpp import Layout
+
     stated: Mapping[str, Any] = config[STATED]
     return Layout(str(stated.get("architecture")), stated.get("heads"), stated.get("kv_heads"))

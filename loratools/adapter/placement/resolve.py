@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate, combinations
+from itertools import accumulate
 from math import prod
 from typing import Any
 
-from loratools.adapter.converted.pieces import NoPlace
-from loratools.adapter.converted.sites import block_of, fitted, inside, sites_of
 from loratools.adapter.kinds import Update
-from loratools.adapter.kinds._bias import BiasUpdate
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.image.components import one_weight, widening
-from loratools.adapter.naming.image.models import explained
-from loratools.adapter.naming.wrappers import FUSIONS, Fusion, Names
-from loratools.adapter.placement import experts, stacks
-from loratools.adapter.placement.conv1d import Conv1D
-from loratools.adapter.site import Site
+from loratools.adapter.naming.wrappers import FUSIONS, Names
+from loratools.adapter.placement import stacks
+from loratools.adapter.placement.conv1d import Conv1D, fitted
+from loratools.adapter.site import NoPlace, Site, clashes
 from loratools.decisions import decided, detailed
 from loratools.errors import IncompatibleAdapter, counted
 from loratools.storage.codecs.turned import CONV1D
@@ -68,8 +63,14 @@ def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None =
             placements += own.place(module, update)
         except NoPlace as error:
             problems.append(f"{module}: {error}")
-    problems += _overlaps(placements)
+    problems += [
+        f"{second}: lands on the same part of {tensor} as {first}"
+        for tensor, first, second in clashes((each.module, each.site) for each in placements)
+        if not one_weight(first, second)
+    ]
     if problems:
+        from loratools.adapter.naming.image.models import explained  # families of image models, for an error alone
+
         raise IncompatibleAdapter(
             f"the adapter does not fit this base model: {counted(len(problems), 'problem')} in "
             f"{counted(len(adapter.updates), 'module')}",
@@ -87,8 +88,10 @@ def resolve(adapter: Adapter, shapes: Shapes, config: Mapping[str, Any] | None =
     return placements
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class _Resolver:
+    """What places the updates of one adapter on one base."""
+
     names: Names
     shapes: Shapes
     config: Mapping[str, Any]
@@ -114,9 +117,11 @@ class _Resolver:
             update = fitted(update, shapes)
         placed = [Placement(module, update, site) for site in self.sites(path, update, tensor)]
         if update.bias is not None:
+            from loratools.adapter.kinds._bias import BiasUpdate
+
             added = BiasUpdate(update.bias, update.scaling, update.alpha)
-            made = None if tensor else block_of(self.names, self.shapes, path, "bias")
-            biases = sites_of(made[1], made[0], added, self.shapes) if made else [self._bias(p.site) for p in placed]
+            made = None if tensor else self._made(path, added, "bias")
+            biases = [self._bias(p.site) for p in placed] if made is None else made
             placed += [Placement(module, added, site, bias=True) for site in biases]
         if (beside := update.on_bias) is not None:
             sites = filter(None, [self._beside(weight.site) for weight in placed])
@@ -127,8 +132,17 @@ class _Resolver:
         """Return the shapes that a module's weight may have, likelier first: by its tensor, or by transformers."""
         if tensor:
             return self.conv1d.of_weight(tensor, self.swapped, self.stated)
-        made = block_of(self.names, self.shapes, path)
+        from loratools.adapter.converted import sites  # as in `_made`
+
+        made = sites.block_of(self.names, self.shapes, path)
         return (made[1].shape,) if made else ()
+
+    def _made(self, path: str, update: Update, parameter: str = "weight") -> list[Site] | None:
+        """Return where an update lies in what transformers makes a tensor of; None where it makes none."""
+        from loratools.adapter.converted import sites  # of no use where the base has a tensor of the name
+
+        made = sites.block_of(self.names, self.shapes, path, parameter)
+        return sites.sites_of(made[1], made[0], update, self.shapes) if made else None
 
     def _beside(self, site: Site) -> Site | None:
         """Return where the outputs of a weight's site lie in the bias beside it; None where there is none."""
@@ -136,6 +150,8 @@ class _Resolver:
 
     def _experts(self, module: str, path: str, update: Update) -> list[Placement]:
         """Return the placements of the experts of a stack, one by one."""
+        from loratools.adapter.placement import experts
+
         for spelled in stacks.spellings(path):
             if sites := experts.stack_sites(spelled, update, self.names, self.shapes):
                 members = update.members
@@ -157,8 +173,11 @@ class _Resolver:
         """Return where an update lies: on `tensor`, the module's own weight, or in or around fused projections."""
         if tensor:
             return [self._orient(module, tensor, update, (0, update.shape[0]), self.shapes[tensor])]
-        if made := block_of(self.names, self.shapes, module):
-            return sites_of(made[1], made[0], update, self.shapes)
+        if (made := self._made(module, update)) is not None:
+            return made
+        from loratools.adapter.converted.sites import inside
+        from loratools.adapter.placement import experts
+
         if sites := inside(self.names, self.shapes, module, update):
             return sites
         sites = self._into_fused(module, update) or self._out_of_fused(module, update)
@@ -218,7 +237,10 @@ class _Resolver:
             if len(shape) != 2 or len(update.shape) != 2:
                 raise NoPlace(f"its delta weight has shape {update.shape}, {tensor} has {shape}")
             total, count = shape[axis], len(fusion.parts)
-            self._check_layout(fusion, tensor)
+            if not fusion.is_of(self.model_type):
+                config = f"model_type {self.model_type!r} in config.json" if self.model_type else "no config.json"
+                order = f"and {config} does not tell in which order"
+                raise NoPlace(f"ambiguous: the base stores it inside {tensor}, {order}")
             if self.model_type in fusion.by_head:
                 return self._by_heads(tensor, update, position, count)
             # The first part begins at 0; the later ones (k and v, or up) are equally large and end at the end.
@@ -269,30 +291,7 @@ class _Resolver:
             ]
         return []
 
-    def _check_layout(self, fusion: Fusion, tensor: str) -> None:
-        if fusion.models is None or self.model_type in fusion.models | fusion.by_head:
-            return
-        config = f"model_type {self.model_type!r} in config.json" if self.model_type else "no config.json"
-        raise NoPlace(f"ambiguous: the base stores it inside {tensor}, and {config} does not tell in which order")
-
     @property
     def model_type(self) -> str:
         """The base's `model_type`, "" where its config.json says none."""
         return self.conv1d.model_type
-
-
-def _overlaps(placements: list[Placement]) -> Iterator[str]:
-    """Name pairs of modules that land on the same weights: one of the two has the wrong place."""
-    by_tensor: dict[str, list[Placement]] = defaultdict(list)
-    for placement in placements:
-        by_tensor[placement.site.tensor].append(placement)
-    for tensor, together in by_tensor.items():
-        clashes = {
-            (first.module, second.module)
-            for first, second in combinations(together, 2)
-            if first.module != second.module
-            and first.site.meets(second.site)
-            and not one_weight(first.module, second.module)
-        }
-        for first, second in sorted(clashes):
-            yield f"{second}: lands on the same part of {tensor} as {first}"

@@ -9,16 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import normalized
-from loratools.adapter.placement.classes import Group, ModelClass, model_class, said
+
+if TYPE_CHECKING:
+    from loratools.adapter.placement.classes import Group, ModelClass
 
 HEADS = ("lm_head", "embed_out", "output_projection")
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
 
-_HAS_LM_HEAD = re.compile(r"CausalLM|LMHeadModel|ForConditionalGeneration")
+_HAS_LM_HEAD = ("CausalLM", "LMHeadModel", "ForConditionalGeneration")
 _NUMBERED = re.compile(r"\.\d+\.", re.ASCII)
 
 
@@ -58,7 +60,7 @@ class Tie:
         return any(each.name is not None and each.name.endswith("bias") for each in self.names)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Ties:
     """What of a base is tied. `embedding` and `head` are its tensors, None where it stores none.
 
@@ -99,6 +101,8 @@ def ties_for(adapters: Iterable[Adapter], tensors: Mapping[str, Any], config: Ma
 
 def ties_of(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> Ties:
     """Return what is tied in a base with these tensors and this config.json."""
+    from loratools.adapter.placement.classes import model_class  # an adapter of numbered layers asks for no class
+
     model = model_class(config)
     if model is not None and model.embedding is not None:
         places = _places(model, tensors)
@@ -123,6 +127,8 @@ def _places(model: ModelClass, tensors: Iterable[str]) -> dict[str, str]:
 def _known(model: ModelClass, places: Mapping[str, str], config: Mapping[str, Any]) -> Ties:
     def place(name: str | None) -> str | None:
         return places.get(model.key(name)) if name else None
+
+    from loratools.adapter.placement.classes import said
 
     head, head_key = place(model.head), model.key(model.head or "")
     versions = model.groups(config)
@@ -159,7 +165,7 @@ def _guessed(model: ModelClass | None, tensors: Mapping[str, Any], config: Mappi
     if embedding is None or (head is not None and not flag and not silent):
         return Ties(embedding, head)
     names = architectures(config)
-    usual = "lm_head.weight" if not names or any(_HAS_LM_HEAD.search(name) for name in names) else None
+    usual = "lm_head.weight" if not names or any(part in name for name in names for part in _HAS_LM_HEAD) else None
     name = head or (model.head if model else usual)
     tie = Tie((Name(embedding, embedding), Name(name, head, True)), asked=head is not None and silent)
     return Ties(embedding, head, (tie,), headless=head is None and _is_headless(config))
@@ -172,6 +178,8 @@ def in_layer(path: str) -> bool:
 
 def flag_of(config: Mapping[str, Any]) -> bool | None:
     """Return what config.json says of the tie, None if nothing."""
+    from loratools.adapter.placement.classes import said
+
     outer = said(config)
     return said(config.get("text_config")) if outer is None else outer
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from loratools.adapter.converted.sites import block_of
 from loratools.adapter.kinds import Update
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.stacked import IS_TRANSPOSED, STORED_IN_OUT, in_order, known_type
@@ -124,6 +123,8 @@ def stored(path: str, parameter: str, names: Names, shapes: Shapes) -> Stored | 
             if len(shapes[tensor]) == 2:
                 rows, columns = shapes[tensor]
                 return Stored(tensor, (rows, columns), split=True)
+        from loratools.adapter.converted.sites import block_of  # of no use where exact names serve
+
         if made := block_of(names, shapes, spelled, parameter):
             name, block = made
             *count, first, second = block.shape

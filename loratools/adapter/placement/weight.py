@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from loratools.adapter.low_rank import low_rank
 from loratools.adapter.placement.resolve import Placement
 from loratools.adapter.site import Site
 
@@ -57,6 +56,8 @@ def over_weights(checkpoint: Checkpoint, placements: list[Placement]) -> list[Pl
 
 def by_module(placements: Iterable[Placement]) -> Mapping[str, list[Placement]]:
     """Group placements of weights by the path of what they change; those of biases are left out."""
+    from loratools.adapter.low_rank import low_rank
+
     grouped: dict[str, list[Placement]] = {}
     for placement in placements:
         if low_rank(placement.update) is not None and not placement.bias:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from loratools.adapter.kinds.dora import no_direction
 from loratools.adapter.placement.resolve import Placement
 from loratools.engine.load import SiteProduct, is_stored, is_wide
 from loratools.engine.plan import Change
@@ -115,6 +114,8 @@ class NativeRows:
                 gains=place.gains, bound=place.bound, measured=len(range(*met[0].indices(measured))),
             )  # fmt: skip
             if outcome.zero_row is not None:
+                from loratools.adapter.kinds.dora import no_direction
+
                 raise no_direction(place.site, outcome.zero_row)
             largest = max(largest, outcome.largest)
             retained, total = retained + outcome.retained, total + outcome.total

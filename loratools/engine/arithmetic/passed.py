@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from loratools.adapter.kinds.dora import no_direction
 from loratools.adapter.site import Site
 from loratools.engine.plan import Change
 from loratools.engine.task import Changed, TensorTask, Tile, near_zero, not_finite
@@ -54,6 +53,8 @@ class PassedRows:
                 raise files.shortened(spec.file, end.args[0]) from None
             if passed.zero_row is not None:
                 place, row = passed.zero_row
+                from loratools.adapter.kinds.dora import no_direction
+
                 raise no_direction(self._sums[place][0], row)
             if passed.largest >= infinity:
                 raise not_finite(task.name, task.dtype)

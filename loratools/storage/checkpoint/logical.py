@@ -6,16 +6,19 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from loratools.errors import BadFile, UnsupportedAdapter, counted
 from loratools.storage import codecs, dtypes
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.shard import Shard
-from loratools.storage.codecs import Encoding, Module, schemes
-from loratools.storage.codecs.schemes import Codes
+from loratools.storage.codecs import schemes
 from loratools.storage.codecs.state import HEADER, statement, with_plain
 from loratools.storage.header import TensorSpec
+
+if TYPE_CHECKING:
+    from loratools.storage.codecs import Encoding
+    from loratools.storage.codecs.schemes import Codes
 
 _OF_CACHE = frozenset({"k_scale", "v_scale", "k_zero_point", "v_zero_point"})
 """Parts that belong to the cache of keys and values, which may be quantized beside plain weights."""
@@ -54,7 +57,7 @@ def logical(model: Checkpoint, only: Collection[str] | None = None) -> Checkpoin
         if component not in computed:
             computed[component] = _dtype(stored, component)
         stated, kind = statement(config), str(config.get("model_type") or "")
-        module = Module(path, found.modules[path], names, specs, stated, computed[component], kind, told)
+        module = codecs.Module(path, found.modules[path], names, specs, stated, computed[component], kind, told)
         encoding = codecs.get(name).opened(module)
         if only is not None and encoding.name not in only:
             continue
@@ -103,7 +106,7 @@ def _refuse_damaged(path: Path, config: Mapping[str, Any], found: Codes) -> None
 
 def encodings(model: Checkpoint) -> dict[str, Encoding]:
     """Return how the weights of a logical view are stored, by name; {} for any other model."""
-    return {name: cast(Encoding, spec.encoding) for name, spec in model.specs.items() if spec.encoding is not None}
+    return {name: cast("Encoding", spec.encoding) for name, spec in model.specs.items() if spec.encoding is not None}
 
 
 def stored_names(name: str, model: Checkpoint) -> list[str]:
@@ -111,14 +114,14 @@ def stored_names(name: str, model: Checkpoint) -> list[str]:
     encoding = model.specs[name].encoding
     if encoding is None:
         return [model.origin(name)]
-    names = cast(Encoding, encoding).module.names
+    names = cast("Encoding", encoding).module.names
     codes = names.get("weight", next(iter(names.values())))
     return [model.origin(part) for part in dict.fromkeys([codes, *names.values()])]
 
 
 def stored_parts(spec: TensorSpec) -> list[TensorSpec]:
     """Return what is stored of a tensor: of codes all parts, else itself."""
-    return [spec] if spec.encoding is None else [*cast(Encoding, spec.encoding).module.specs.values()]
+    return [spec] if spec.encoding is None else [*cast("Encoding", spec.encoding).module.specs.values()]
 
 
 def restated(model: Checkpoint, changed: Mapping[str, Any], dropped: Collection[str]) -> Checkpoint:

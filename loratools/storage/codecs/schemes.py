@@ -22,7 +22,7 @@ from loratools.storage.gguf.types import CODES as _GGML
 from loratools.storage.header import TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Scheme:
     """One way of quantizing: its name, parts of a module that only it has, and dtypes of `weight` that are its own.
 
@@ -143,7 +143,7 @@ _CALIBRATION = frozenset({
 })  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Codes:
     """What of a model is quantized: module -> the name of its scheme, and all tensors that belong to a quantization.
 

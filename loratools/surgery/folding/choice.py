@@ -14,8 +14,6 @@ from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import logical
 from loratools.storage.codecs.folded import folded
 from loratools.storage.codecs.state import statement
-from loratools.surgery.folding.table import OPERATION
-from loratools.surgery.hash import hash_tensors
 from loratools.surgery.inputs import ModelSource, open_model
 
 
@@ -106,8 +104,11 @@ def carried(
 
 def _trained_on(adapter: Adapter, base: Checkpoint) -> TrainedOn | None:
     """Return what an adapter's own file says of the model that it was trained on, as far as it tells the base."""
-    if any(step.operation == OPERATION for step in adapter.provenance):
-        return "folded"
+    if adapter.provenance:
+        from loratools.surgery.folding.table import OPERATION
+
+        if any(step.operation == OPERATION for step in adapter.provenance):
+            return "folded"
     stored = base.stored or base
     return "folded" if adapter.base and adapter.base.schema and adapter.base.schema == stored.schema() else None
 
@@ -116,6 +117,8 @@ def _check_seal(adapter: Adapter, original: Checkpoint, check_base: CheckBase) -
     """Raise `WrongBase` where an adapter is sealed, and not with the original."""
     if check_base != "strict" or adapter.base is None or not adapter.base.tensors:
         return
+    from loratools.surgery.hash import hash_tensors
+
     recorded = adapter.base.tensors
     present = {name: original.specs[name] for name in recorded if name in original.specs}
     digests = hash_tensors(present)

@@ -1,12 +1,14 @@
 """The inputs of a verb: paths, references to the Hub and opened values alike, and what a call says of them.
 
 opened   adapters and models, opened and checked, one where several are expected
-planned  what a verb would do, as far as headers tell
+planning what a verb would do, as far as headers tell
 told     what is said of an adapter's changes: what is not measured as it acts, numbers that are none
 asked    the dialect and the alpha of adapters, which of their modules count, what kind of model a base is
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from loratools.surgery.inputs.asked import (
     Patterns,
@@ -37,7 +39,9 @@ from loratools.surgery.inputs.opened import (
     under_names_of,
     weighed,
 )
-from loratools.surgery.inputs.planned import Planned, is_planning, plan, planned
+
+if TYPE_CHECKING:
+    from loratools.surgery.inputs.planning import Planned, is_planning, plan, planned
 
 __all__ = [
     "AdapterSource",
@@ -70,3 +74,12 @@ __all__ = [
     "under_names_of",
     "weighed",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Return what `planning` has: a merge makes plans of its own kind."""
+    if name not in ("Planned", "is_planning", "plan", "planned"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module("loratools.surgery.inputs.planning"), name)

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools import dialects
-from loratools.adapter.model import Adapter
-from loratools.adapter.naming.selection import Selection
-from loratools.adapter.weights import Weight
 from loratools.errors import InvalidOption, LoraToolsError
 from loratools.options import is_finite
-from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.checkpoint.logical import logical
 from loratools.surgery.inputs.opened import AdapterSource, ModelSource, as_list, open_model
+
+if TYPE_CHECKING:
+    from loratools.adapter.model import Adapter
+    from loratools.storage.checkpoint import Checkpoint
 
 Patterns = str | Sequence[str] | None
 """Patterns of modules, as `selection.matches` reads them: one, several, or None."""
@@ -82,6 +81,8 @@ def chosen(weight: float | str, include: Patterns, exclude: Patterns) -> float |
     keep, leave = patterns_of(include, exclude)
     if not keep and not leave:
         return weight
+    from loratools.adapter.weights import Weight  # for patterns and lists alone: most weights are numbers
+
     if isinstance(weight, str) and (parsed := Weight.parse(weight)).plain:
         weight = parsed.default
     if isinstance(weight, str) and (keep or not Weight.parse(weight).patterns):
@@ -111,6 +112,8 @@ def kept(adapter: Adapter, include: Patterns, exclude: Patterns) -> Adapter:
     keep, leave = patterns_of(include, exclude)
     if not keep and not leave:
         return adapter
+    from loratools.adapter.naming.selection import Selection  # for patterns alone
+
     selection = Selection(keep, leave)
     selection.check([*adapter.updates, *adapter.replacements])
     updates = {module: update for module, update in adapter.updates.items() if selection.dropped(module) is None}
@@ -122,6 +125,8 @@ def kept(adapter: Adapter, include: Patterns, exclude: Patterns) -> Adapter:
 
 def kept_names(names: Sequence[str], patterns: tuple[tuple[str, ...], tuple[str, ...]]) -> set[str]:
     """Return the names that patterns choose; raise `LoraToolsError` for a pattern that names none."""
+    from loratools.adapter.naming.selection import Selection
+
     selection = Selection(*patterns)
     selection.check(names)
     return {name for name in names if selection.dropped(name) is None}
@@ -142,6 +147,8 @@ def open_asked(
     include: Patterns, exclude: Patterns, model_type: str | None,
 ) -> tuple[Checkpoint | None, list[Adapter]]:  # fmt: skip
     """Return the base of a call, as numbers, and its adapters with the modules that it chooses."""
+    from loratools.storage.checkpoint.logical import logical
+
     check_model_type(model_type, base)
     patterns_of(include, exclude)
     read = read_as(adapters, dialect, alpha)

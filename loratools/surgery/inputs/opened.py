@@ -14,18 +14,16 @@ from typing import TYPE_CHECKING, Any, cast
 from loratools import dialects
 from loratools.adapter.input import AdapterInput
 from loratools.adapter.model import Adapter
+from loratools.adapter.naming.wrappers import Names
 from loratools.adapter.parts import factors_of
 from loratools.adapter.placement.codes import refuse_codes
-from loratools.adapter.placement.image import named_for
-from loratools.adapter.weights import Weight
-from loratools.adapter.weights.scaled import scaled
 from loratools.decisions import warned
 from loratools.dialects._frame.facts import facts_of
 from loratools.dialects._frame.metadata import metadata_of
 from loratools.errors import InvalidOption, UnsupportedAdapter, counted
 from loratools.format.digest import checked_digest
 from loratools.options import is_finite
-from loratools.storage import atomic, save, sources
+from loratools.storage import atomic, sources
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import read_header
 from loratools.storage.lazy import LazyTensor
@@ -90,6 +88,8 @@ def open_adapters(
 
 def weighed(opened: AdapterInput, words: str, name: str) -> AdapterInput:
     """Return an adapter with the weights of its modules in their scalings; raise what `scaled` raises."""
+    from loratools.adapter.weights.scaled import scaled  # most weights are numbers
+
     return replace(opened, adapter=scaled(opened.adapter, words, name), weight=1.0, words=words)
 
 
@@ -117,7 +117,19 @@ def names_of(adapters: Sequence[AdapterSource]) -> list[str]:
 
 def under_names_of(base: Checkpoint, inputs: Sequence[AdapterInput]) -> tuple[AdapterInput, ...]:
     """Return the inputs with their adapters under the module names of a base (image models have several namings)."""
+    names = Names(base.specs, base.config)
+    if all(_has(names, each.adapter, base) for each in inputs):
+        return tuple(inputs)
+    from loratools.adapter.placement.image import named_for  # imports all that is known of image models
+
     return tuple(replace(each, adapter=named_for(each.adapter, base)) for each in inputs)
+
+
+def _has(names: Names, adapter: Adapter, base: Checkpoint) -> bool:
+    """Tell whether a base has an adapter's modules by their names, so that no naming of image models is asked."""
+    if not all(map(names.find, adapter.updates)):
+        return False
+    return len(base.shards) == 1 or names.loaded is not None  # rows of an image model in shards may lie by heads
 
 
 def places_of(model: Checkpoint) -> list[Path]:
@@ -153,6 +165,8 @@ def in_a_file(adapter: Adapter) -> Adapter:
     It is merged by the path that an adapter in files takes then, to the same bytes; a tensor trained whole is copied
     from there.
     """
+    from loratools.storage import save
+
     folder = _Folder()
     path = folder.path / "adapter.safetensors"
     lazies = [*adapter.tensors().values(), *adapter.copies.values()]
@@ -193,5 +207,8 @@ def _read(weight: Any) -> float | str | None:
     """Return a weight that is one number as that, one that differs among modules as its words; None for none."""
     if is_finite(weight):
         return float(weight)
-    words = isinstance(weight, str) and any(mark in weight for mark in "=,:")
-    return weight if words and not Weight.parse(weight).plain else None
+    if not isinstance(weight, str) or not any(mark in weight for mark in "=,:"):
+        return None
+    from loratools.adapter.weights import Weight
+
+    return None if Weight.parse(weight).plain else weight

@@ -22,7 +22,6 @@ from loratools.storage.checkpoint.logical import encodings
 from loratools.storage.codecs import schemes
 from loratools.storage.header import TensorSpec
 from loratools.storage.layout import DEFAULT_SHARD, FilePlan, plan_file, plan_shards
-from loratools.surgery.merge.gguf import plan_gguf
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.quantized import as_written
 from loratools.surgery.merge.sealed import sealed
@@ -95,6 +94,8 @@ def plan_merge(
     specs |= parts
     sources = {name: spec for name, spec in sources.items() if name not in written.recoded} | parts
     if is_gguf(base):
+        from loratools.surgery.merge.gguf import plan_gguf
+
         new = whole | {name: sources[name] for name in added}
         files: tuple[FilePlan, ...] = (plan_gguf(base, new, written.recoded, options.output_dtype),)
         laid_out = True

@@ -41,7 +41,6 @@ from loratools.surgery.inputs import (
     under_names_of,
 )  # fmt: skip
 from loratools.surgery.merge import single
-from loratools.surgery.merge.gguf import refuse_what_needs_a_folder, with_record
 from loratools.surgery.merge.options import MergeOptions
 from loratools.surgery.merge.plan import plan_merge
 from loratools.surgery.merge.quantized import warn_of_folded
@@ -167,6 +166,8 @@ def decide(
     record |= {DEVICE: on} if (on := described(options.computes_on)) else {}
     record |= making.field()
     if is_gguf(base):
+        from loratools.surgery.merge.gguf import refuse_what_needs_a_folder, with_record
+
         refuse_what_needs_a_folder(options)
         plan = with_record(plan, record)
     if plan.single:

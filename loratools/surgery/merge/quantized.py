@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loratools.adapter.placement.classes import model_class
 from loratools.adapter.placement.gguf import is_gguf
 from loratools.decisions import warned
 from loratools.engine.plan import Change, MergePlan, Recoded
@@ -17,12 +16,13 @@ from loratools.options import Quantized
 from loratools.storage import codecs, dtypes
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.checkpoint.logical import encodings, logical, restated
-from loratools.storage.codecs import Encoding, Grid, schemes
+from loratools.storage.codecs import schemes
 from loratools.storage.codecs.folded import folded
 from loratools.storage.codecs.state import KEYS, statement, with_statement
 from loratools.storage.header import TensorSpec
-from loratools.surgery.folding.table import SCALED_ACTIVATIONS
-from loratools.surgery.merge.siblings import with_siblings
+
+if TYPE_CHECKING:
+    from loratools.storage.codecs import Encoding, Grid
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,6 +162,8 @@ def _as_stored(base: Checkpoint, shown: Collection[str]) -> Checkpoint:
 
 def _refuse_scaled_activations(base: Checkpoint) -> None:
     """Raise `IncompatibleAdapter` for a base whose activations divide by scales: a model in 16 bit has none that do."""
+    from loratools.surgery.folding.table import SCALED_ACTIVATIONS
+
     if scales := sorted(name for name in base.specs if name.endswith(SCALED_ACTIVATIONS)):
         raise IncompatibleAdapter(
             f"{base.path}: outputs are divided by scales of their own in {counted(len(scales), 'activation')} "
@@ -200,6 +202,8 @@ def as_it_was_written(plan: MergePlan, merged: Checkpoint) -> MergePlan:
 
 def _with_siblings(changed: Mapping[str, Encoding], every: Mapping[str, Encoding]) -> dict[str, Encoding]:
     """Return the weights that have to be plain where those that change are: a runtime stores them in one."""
+    from loratools.surgery.merge.siblings import with_siblings
+
     paths = with_siblings(
         {encoding.module.path for encoding in changed.values()}, (encoding.module.path for encoding in every.values())
     )
@@ -214,6 +218,8 @@ def _with_begun_lists(before: Mapping[str, Any], after: dict[str, Any], base: Ch
     begun = [key for key, value in after.items() if isinstance(value, list) and before.get(key) is None]
     if not begun:
         return after
+    from loratools.adapter.placement.classes import model_class
+
     kind = model_class(base.config)
     tensors = [name for name, spec in base.specs.items() if len(spec.shape) == 2 and spec.dtype in dtypes.FLOATS]
     names = [*tensors, *([kind.head] if kind and kind.head else [])]

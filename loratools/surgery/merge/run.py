@@ -24,7 +24,6 @@ from loratools.surgery.hash import hash_tensors, hashing
 from loratools.surgery.merge.folder import write_companions
 from loratools.surgery.merge.measured import Measured
 from loratools.surgery.merge.prepare import Account, Merge
-from loratools.surgery.merge.resume import Journal, fingerprint, tell_others
 from loratools.surgery.merge.single import new_model
 
 if TYPE_CHECKING:
@@ -96,8 +95,11 @@ def execute(
     in_store = atomic.afar.is_afar(prepared.output)
     if not sink and not options.resume and not parts and (plan.single or not in_store):
         atomic.check_space(prepared.output, size)
-    key = fingerprint(plan, settings_of(prepared)) if options.resume or parts or in_store else None
-    if key:
+    key = None
+    if options.resume or parts or in_store:
+        from loratools.surgery.merge.resume import Journal, fingerprint, tell_others
+
+        key = fingerprint(plan, settings_of(prepared))
         tell_others(prepared.output, key)
     output = prepared.output
     with (

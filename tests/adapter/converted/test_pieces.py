@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loratools.adapter.converted.pieces import Block, NoPlace, blocks_of
+from loratools.adapter.converted.pieces import Block, blocks_of
 from loratools.adapter.naming.conversions import Made, Rule
+from loratools.adapter.site import NoPlace
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
