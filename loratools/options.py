@@ -85,9 +85,11 @@ def near(name: str, names: Iterable[str], least: float = 0.75) -> str:
 
 def is_finite(value: object) -> bool:
     """Tell whether a value is a finite number, of any type but bool."""
-    from numbers import Real  # the command line need not wait for it
-
     try:
+        if type(value) in (int, float):
+            return math.isfinite(cast(float, value))
+        from numbers import Real  # numbers of NumPy and the like
+
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an int that no float holds
         return False

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from loratools.engine.plan import Change, MergePlan
 from loratools.engine.task import TensorResult
 from loratools.errors import WrongBase
 from loratools.storage import digest, files
-from loratools.storage.codecs import Encoding
+
+if TYPE_CHECKING:
+    from loratools.storage.codecs import Encoding
 
 
 def algorithms(change: Change) -> list[str]:

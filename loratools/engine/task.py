@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -178,7 +177,9 @@ def sampled_tiles(name: str, seed: int, retention: str, tiles: int) -> frozenset
         return frozenset()
     if retention == "full":
         return frozenset(range(tiles))
-    start = zlib.crc32(f"{seed}:{name}".encode()) % min(tiles, SAMPLE)
+    from zlib import crc32  # what only plans draws no sample
+
+    start = crc32(f"{seed}:{name}".encode()) % min(tiles, SAMPLE)
     return frozenset(range(start, tiles, SAMPLE))
 
 

@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextvars import copy_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.dialects import Listing, located
 from loratools.dialects._frame.listing import WEIGHTS
@@ -24,12 +24,13 @@ from loratools.errors import BadFile, LoraToolsError, UnsupportedAdapter
 from loratools.format import record
 from loratools.parallel import workers
 from loratools.recipe import identity
-from loratools.recipe.catalog import Role
 from loratools.storage.beside.making import ENTRY, FIELD, noted_root
 from loratools.storage.checkpoint import Checkpoint
-from loratools.storage.gguf.container import read_container
 from loratools.storage.header import read_header
 from loratools.storage.sources import local, origin
+
+if TYPE_CHECKING:
+    from loratools.recipe.catalog import Role
 
 MOST = 1_000_000
 """Characters of the account of an input that are taken along; of a longer one only the digest is."""
@@ -90,6 +91,8 @@ def of(path: Path, role: Role = "adapter") -> dict[str, Any] | None:
 
 def _read(path: Path, role: Role) -> Any:
     if path.suffix == ".gguf" and path.is_file():
+        from loratools.storage.gguf.container import read_container
+
         fields = read_container(path)
         if text := fields.get(ENTRY):
             return _parsed(text)

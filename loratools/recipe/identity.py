@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 
 from loratools import dialects
 from loratools.decisions import warnings_to
@@ -11,7 +12,6 @@ from loratools.errors import LoraToolsError
 from loratools.format.digest import adapter_digest
 from loratools.format.manifest import ORIGIN
 from loratools.parallel import cores, each
-from loratools.recipe.catalog import Role
 from loratools.storage import digest
 from loratools.storage.beside import along
 from loratools.storage.beside.links import walk
@@ -20,6 +20,9 @@ from loratools.storage.checkpoint.shard import Shard
 from loratools.storage.companions import RESIDUAL
 from loratools.storage.sources import absent, open_file
 from loratools.surgery.hash import hash_tensors
+
+if TYPE_CHECKING:
+    from loratools.recipe.catalog import Role
 
 _CHUNK = 1 << 20
 

@@ -16,7 +16,6 @@ from typing import get_args
 from loratools import dialects
 from loratools.adapter.identity import Tier
 from loratools.adapter.model import Adapter, BaseIdentity
-from loratools.adapter.naming.selection import matches
 from loratools.adapter.placement.codes import refuse_all_codes
 from loratools.decisions import decided, detailed, warned
 from loratools.errors import BadFile, InvalidOption, LoraToolsError
@@ -24,7 +23,6 @@ from loratools.format import manifest
 from loratools.format.digest import tensor_digests
 from loratools.options import Options
 from loratools.parallel import Progress, cores, no_progress, workers
-from loratools.parallel.shared import shared
 from loratools.storage import digest
 from loratools.storage.checkpoint import Checkpoint, values
 from loratools.storage.checkpoint.logical import logical
@@ -114,6 +112,8 @@ def hash_checkpoint(
     stored = {name: checkpoint.specs[name] for name in read}
     of_codes = {f"{name}, as numbers": spec for name, spec in coded.items()}
     work = partial(hash_tensors, algorithm=algorithm, threads=threads, progress=progress)
+    from loratools.parallel.shared import shared
+
     digests = shared(work, {**stored, **of_codes}, lambda spec: spec.nbytes)
     as_numbers = {name: digests[f"{name}, as numbers" if name in coded else name] for name in view}
     of_all = {name: digests[name] for name in checkpoint.specs} if "root" in tiers else {}
@@ -208,6 +208,10 @@ def _select(
     place: str, names: Collection[str], include: Iterable[str] | None, exclude: Iterable[str] | None
 ) -> set[str]:
     """Return the names that the patterns choose; raise `LoraToolsError` with every pattern that matches none."""
+    if include is None and exclude is None:
+        return set(names)
+    from loratools.adapter.naming.selection import matches
+
     chosen, left = (
         {pattern: {name for name in names if matches(pattern, name)} for pattern in patterns or ()}
         for patterns in (include, exclude)

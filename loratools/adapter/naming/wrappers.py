@@ -8,7 +8,6 @@ what transformers 4 had in memory.
 from __future__ import annotations
 
 import re
-from bisect import bisect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -130,6 +129,7 @@ class Names:
         [] once it was asked `_QUESTIONS` times: what is so wrong a base is told by the first of its problems. Compared
         are `_CANDIDATES` names, those that begin alike, and none that is longer than names are.
         """
+        from bisect import bisect
         from difflib import get_close_matches
 
         self._asked += 1

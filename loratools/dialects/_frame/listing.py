@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from loratools.adapter.model import Adapter
@@ -228,6 +227,8 @@ class Listing:
 
 def by_convert(listing: Listing, option: str, what: str) -> str:
     """Return the hint to give an option where it can be given: `convert` has it, and every command reads the result."""
+    from shlex import quote
+
     return f"{what}: loratools convert {quote(str(listing.path))} -o OUTPUT {option}"
 
 

@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from glob import escape
 from pathlib import Path
 
 from loratools.storage.atomic import system
@@ -22,7 +21,7 @@ _OF_RUN = r"(\..+)\.[a-z]+-([0-9a-f]{8,16})"
 _fcntl, _msvcrt = system.module("fcntl"), system.module("msvcrt")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Lock:
     """A lock that is held: its open descriptor, and the file that is there for its sake, if any."""
 
@@ -68,6 +67,8 @@ def share(folder: Path) -> Lock | None:
 def sweep(target: Path) -> None:
     """Remove the files of locks for an output whose folders are gone; Windows keeps those that somebody holds."""
     if _msvcrt and not _fcntl:
+        from glob import escape
+
         for file in target.parent.glob(f".{escape(target.name)}.lock-*"):
             token = file.name.rpartition("-")[2]
             if not any(target.parent.glob(f".{escape(target.name)}.*[!k]-{token}")):

@@ -33,7 +33,7 @@ def mark() -> str:
 
     own = node()
     with suppress(OSError):  # no Linux
-        own += Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+        own += Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8")
     return blake3(own.encode()).hexdigest()[:4]
 
 

@@ -18,20 +18,20 @@ WINDOWS = os.name == "nt"
 """Whether names are written here that Windows must be able to write."""
 
 _DEVICE = r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])"
-_NEVER = re.compile(r'[<>:"|?*\\\x00-\x1f]')
+_NEVER = r'[<>:"|?*\\\x00-\x1f]'
 _LONGEST = 255
 
 
 def fault(name: str) -> str | None:
     """Say why Windows cannot write a relative path with `/` between its parts; None where it can."""
     for part in name.split("/"):
-        if match := _NEVER.search(part):
+        if match := re.search(_NEVER, part):
             return f"{match[0]!r} is in no name there"
         if part != part.rstrip(". ") and part not in (".", ".."):
             return "a dot or a space at the end of a name is lost there"
         if re.fullmatch(_DEVICE, part.split(".")[0].rstrip(" "), re.IGNORECASE):
             return f"{part.split('.')[0]} is a device there"
-        if len(part.encode("utf-16-le")) // 2 > _LONGEST:
+        if (len(part) if part.isascii() else len(part.encode("utf-16-le")) // 2) > _LONGEST:
             return f"a name has at most {_LONGEST} characters"
     return None
 
@@ -45,12 +45,18 @@ def faults(names: Iterable[str]) -> list[str]:
 
 def clashes(names: Iterable[str]) -> list[list[str]]:
     """Return the names that systems take for one which do not tell upper from lower case."""
-    from unicodedata import normalize
-
     alike: dict[str, list[str]] = {}
     for name in sorted(set(names)):
-        alike.setdefault(normalize("NFC", name).casefold(), []).append(name)
+        alike.setdefault(_composed(name).casefold(), []).append(name)
     return [group for group in alike.values() if len(group) > 1]
+
+
+def _composed(name: str) -> str:
+    if name.isascii():
+        return name
+    from unicodedata import normalize
+
+    return normalize("NFC", name)
 
 
 def check(names: Iterable[str], where: Path | str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loratools.decisions import warned
 from loratools.errors import BadFile, InvalidOption, LoraToolsError, NoSpace, OutputRefused
-from loratools.storage.atomic import afar, leftovers, machine, names
+from loratools.storage.atomic import afar, leftovers, machine, names, system
 from loratools.storage.atomic.afar import reference as spelled
 from loratools.storage.atomic.fleeting import temporary
 from loratools.storage.atomic.hidden import FULL, Busy, beside, make
@@ -113,13 +113,11 @@ def new_output(target: Path, name: str, *, force: bool = False) -> Iterator[Path
 
 def free_space(target: Path) -> int:
     """Return the bytes that are free on the disk of an output; for one in a store, where it is made."""
-    import shutil
-
     if afar.is_afar(target):
         from tempfile import gettempdir
 
-        return shutil.disk_usage(gettempdir()).free
-    return shutil.disk_usage(target.absolute().parent).free
+        return system.free(Path(gettempdir()))
+    return system.free(target.absolute().parent)
 
 
 def check_space(target: Path, size: int) -> None:

@@ -12,6 +12,7 @@ import sys
 from functools import cache
 from importlib import import_module
 from io import FileIO
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -51,6 +52,16 @@ def write_at(target: int, buffer: memoryview, offset: int) -> int:
     with _TURNS[target % len(_TURNS)]:
         os.lseek(target, offset, os.SEEK_SET)
         return os.write(target, buffer)
+
+
+def free(folder: Path) -> int:
+    """Return the bytes that whoever runs this may still write to the disk of a folder."""
+    if not hasattr(os, "statvfs"):
+        from shutil import disk_usage  # brings the libraries of three compressions along
+
+        return disk_usage(folder).free
+    told = os.statvfs(folder)
+    return told.f_bavail * told.f_frsize
 
 
 _BLOCK = 4096

@@ -6,8 +6,10 @@ transformers' Conv1D holds its weight the other way round; its bitsandbytes laye
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from loratools.storage.codecs import Module
+if TYPE_CHECKING:
+    from loratools.storage.codecs import Module
 
 CONV1D: Mapping[str, frozenset[str]] = dict.fromkeys(
     ("gpt2", "decision_transformer", "imagegpt", "openai-gpt", "clvp"),

@@ -6,7 +6,6 @@ import json
 import struct
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -245,7 +244,7 @@ def test_the_plan_is_what_happens(options: dict[str, object], place: Path) -> No
 
 def test_more_than_the_disk_holds(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = prepare(place / "base", [place / "adapter"], place / "out")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    monkeypatch.setattr("loratools.storage.atomic.system.free", lambda _: 100)
     with pytest.raises(NoSpace, match="the disk has 100 free"):
         execute(prepared)
     assert not (place / "out").exists()
