@@ -27,7 +27,7 @@ Tier = Literal["schema", "tensors", "root", "logical"]
 quantized model stands for."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Pair:
     """The digests that two identities state for one thing: the schema, one tensor by its `name`, or the root."""
 
@@ -37,7 +37,7 @@ class Pair:
     name: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
     """What two identities say of each other: which digests agree, which differ, and which cannot be compared.
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Work:
     """A tensor to be changed, and where it goes in one file: one slot, or those of its parts where it becomes codes."""
 
@@ -191,7 +191,7 @@ def _finish(futures: Sequence[Future[list[Any]]], count: int) -> list[Any]:
     return results
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Job:
     """What all tasks of one run share. `late` are the tensors for torch; `mine` holds the memory of each thread."""
 

@@ -94,7 +94,7 @@ def retention(results: Sequence[TensorResult]) -> float | None:
     return kept / total if total and math.isfinite(total) and math.isfinite(kept) else None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Changed:
     """A tile as it is to be written, the sums of `TensorResult` over its measured rows, and what a cast lost."""
 

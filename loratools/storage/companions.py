@@ -34,7 +34,7 @@ _VOCABULARIES = TOKENIZER_FILES - {"tokenizer_config.json", "merges.txt", *_BESI
 _ADAPTER = "adapter_config.json"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Companions:
     """What lies beside the weights of a model that is to be written.
 

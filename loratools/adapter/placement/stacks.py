@@ -42,7 +42,7 @@ _Choice = tuple[tuple[Update, ...], bool]
 _Places = Mapping[str, "Stored"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Stored:
     """Where a base has a parameter: a stack of three dimensions, or a matrix, or (`split`) tensors of each expert.
 

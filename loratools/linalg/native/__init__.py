@@ -96,7 +96,7 @@ def why_not() -> str:
     return _library()[1]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Products:
     """left·right as the C code takes it: rows one after another, the columns of right in panels. See `products`."""
 
@@ -136,7 +136,7 @@ def products(left: Array, right: Array, factor: Array, scale: Array, magnitude: 
     return Products(left, panels, factor, np.ascontiguousarray(scale, np.float64), magnitude, columns)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Outcome:
     """What a call met: the bits of the largest magnitude, a row without direction, the sums behind the retention.
 

@@ -16,7 +16,7 @@ _ALIGNED = 64  # bytes of the widest vectors, which are fastest where none lies 
 _DOUBLE, _SINGLE = 8, 4
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Piece:
     """Some memory: where it is, and what is in it."""
 
@@ -45,7 +45,7 @@ def _address(raw: bytearray) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(raw))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Matrix:
     """A stored matrix of a dtype (BF16, F16 or F32, as safetensors has them): of (i, j) the number i·down + j·across.
 

@@ -46,7 +46,7 @@ def available() -> bool:
     return size == ctypes.sizeof(_Tensor) + ctypes.sizeof(_Place)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Rectangle:
     """Rows × columns of a tensor, each (start, stop, step), and what is added there; `bound` is as in `rows.c`."""
 
@@ -56,7 +56,7 @@ class Rectangle:
     bound: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Passed:
     """What a call met: the bits of the largest magnitude, a row without direction, the sums behind the retention.
 

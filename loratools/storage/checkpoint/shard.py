@@ -24,7 +24,7 @@ GGUF = "A GGUF model is given by the path of its file."
 """What to do with a folder of GGUF files."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Shard:
     """One file of tensors: its path, the tensors of its header by name, and its string metadata.
 

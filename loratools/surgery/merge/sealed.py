@@ -22,7 +22,7 @@ from loratools.storage.checkpoint.logical import stored_names
 from loratools.surgery.base import of_headers, other_type
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Sealed:
     """What adapters recorded of the tensors that they change, by name, each with the number of its adapter.
 
