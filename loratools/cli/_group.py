@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loratools.cli import _spelling as spelling
-from loratools.cli._hints import placed
 from loratools.cli._options import several_options
 from loratools.cli._show import SCHEMA, Report, fitted, room
 from loratools.cli._show import line as show_line
@@ -122,6 +121,8 @@ class Command(click.Command):
 
     def _placed(self, hint: str, ctx: click.Context) -> str:
         """Return a hint that says whose an option is that this command has not."""
+        from loratools.cli._hints import placed
+
         root = ctx.find_root().command
         return placed(hint, self.name or "", root.options(ctx)) if isinstance(root, Commands) else hint
 

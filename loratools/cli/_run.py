@@ -10,9 +10,7 @@ from contextlib import suppress
 
 import click
 
-from loratools.cli._faults import fault_of, sentence
 from loratools.cli._group import Commands, common_options
-from loratools.cli._hints import owners
 from loratools.cli._signals import code_of
 from loratools.cli._spelling import giver, is_on, long_name, meant, options_like
 from loratools.cli._talk import Talk
@@ -122,6 +120,8 @@ def _invoke(root: Commands, arguments: list[str], talk: Talk) -> int:
 
 def _explain(error: Exception, talk: Talk) -> int:
     """Say what went wrong in a sentence, never a traceback unless it was asked for; return the exit code."""
+    from loratools.cli._faults import fault_of, sentence
+
     if isinstance(error, click.BadParameter) and error.ctx and error.param and (name := giver(error.ctx, error.param)):
         error.param_hint = f"{name} in the environment ({long_name(error.param)})"
     if isinstance(error, click.NoSuchOption) and error.ctx:
@@ -140,6 +140,8 @@ def _explain(error: Exception, talk: Talk) -> int:
 
 def _owners(option: str, context: click.Context) -> str:
     """Return whose an option is that the running command has not, or nothing."""
+    from loratools.cli._hints import owners
+
     root = context.find_root().command
     return owners(option, root.options(context)) if isinstance(root, Commands) else ""
 

@@ -17,7 +17,7 @@ SCHEMA = 1
 """Version of the JSON documents: it changes when a key is removed or changes its meaning."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Report:
     """What a command found: `document` for --json, `text` for people: lines, which may be made as they are printed.
 

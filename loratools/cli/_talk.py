@@ -29,7 +29,7 @@ _SAYING = Lock()  # of this process: what a warning is like is looked up by any 
 _BEGINNING = 60  # characters of a text that tell which one it is
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Talk:
     """How one run talks: set by -q, -v, --no-progress and --json, wherever they stand.
 

@@ -133,7 +133,7 @@ def _read_header(path: Path) -> Header:
 
 def _text(prefix: bytes) -> str | None:
     """Return the first line of what begins as a text does, None for other bytes and for less than a length."""
-    if len(prefix) < 8:
+    if len(prefix) < 8 or b"\0" in prefix:  # as every length of a header has it
         return None
     try:
         text = getincrementaldecoder("utf-8-sig")().decode(prefix)  # its last character may be cut

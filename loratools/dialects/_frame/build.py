@@ -54,7 +54,7 @@ def check_gathered(
         )
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Draft:
     """An adapter that is being read from `path`.
 

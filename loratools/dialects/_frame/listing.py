@@ -44,7 +44,7 @@ class Evidence(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Listing:
     """An adapter's folder, or a single file.
 

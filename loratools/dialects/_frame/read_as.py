@@ -13,7 +13,7 @@ from loratools.options import Options
 from loratools.storage.sources import Location
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class ReadAs(os.PathLike[str]):
     """A path or a reference wherever one is taken; `open_adapter` reads it as `dialect` and with `alpha`."""
 

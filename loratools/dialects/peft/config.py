@@ -33,7 +33,7 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class PeftConfig:
     """A config without faults: types are right, expressions compile, no field is refused.
 

@@ -17,7 +17,7 @@ _WRAPPERS = frozenset({f"_fsdp{_WRAPPED}", f"_checkpoint{_WRAPPED}", _COMPILED})
 _ROWS_OF_COPY = "token_adapter.base_layer."
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Groups:
     """The tensors of a file, sorted.
 

@@ -64,7 +64,7 @@ _ByLength = dict[int, dict[tuple[int, ...], dict[Any, int]]]
 """Length of a name -> its shape: how long its parts are, between characters that may be any -> parts -> its place."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class ConfigFile:
     """The file of a config, what is wrong with its expressions, and the processor time that they have left.
 

@@ -15,7 +15,7 @@ MAX_LISTS = 100
 """Names in `layers_pattern`; a model has one list of layers, or two."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Targets:
     """Which modules a config targets.
 
