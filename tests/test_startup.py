@@ -75,6 +75,7 @@ NEVER = frozenset({
     "loratools.dialects.comfy", "loratools.dialects.kohya.files", "loratools.dialects.diffusers.files",
     "loratools.dialects.gguf.files", "loratools.dialects.megatron.files", "loratools.dialects.torchtune",
     "loratools.dialects.loralib", "loratools.dialects.peft.typed", "loratools.cli._batch", "loratools.cli._each",
+    "loratools.cli._faults", "loratools.cli._hints", "loratools.adapter.naming.loaded",
 })  # fmt: skip
 """What neither an adapter of PEFT nor a sealed one needs to be told or checked: other layouts, models, other tools."""
 
@@ -99,17 +100,36 @@ def test_what_a_small_command_leaves_alone(arguments: str, prepared: Path) -> No
     assert added & (NEVER | ALSO[arguments]) == set()
 
 
+NEVER_IN_A_MERGE = frozenset({
+    "decimal", "hashlib", "hmac", "multiprocessing", "numbers", "pickle", "pickletools", "random", "secrets",
+    "subprocess", "tempfile", "unicodedata", "zipfile",
+    "loratools.adapter.converted", "loratools.adapter.fusing", "loratools.adapter.weights",
+    "loratools.adapter.kinds._bias", "loratools.adapter.kinds._rowwise", "loratools.adapter.kinds.dora",
+    "loratools.adapter.kinds.locon",
+    "loratools.adapter.naming.conversions", "loratools.adapter.naming.loaded", "loratools.adapter.naming.llama_cpp",
+    "loratools.adapter.naming.image.families", "loratools.adapter.naming.image.readings",
+    "loratools.adapter.naming.selection",
+    "loratools.adapter.placement.classes", "loratools.adapter.placement.experts", "loratools.adapter.placement.image",
+    "loratools.dialects.comfy", "loratools.dialects.diffusers.files", "loratools.dialects.gguf.files",
+    "loratools.dialects.kohya.files", "loratools.dialects.loralib", "loratools.dialects.megatron.files",
+    "loratools.dialects.peft.held", "loratools.dialects.peft.typed", "loratools.dialects.torchtune",
+    "loratools.engine.arithmetic.torch", "loratools.engine.coded", "loratools.engine.lane",
+    "loratools.engine.stochastic",
+    "loratools.parallel.shared", "loratools.recipe.catalog",
+    "loratools.storage.codecs.encoding", "loratools.storage.gguf.container", "loratools.storage.pickles.archive",
+    "loratools.surgery.folding.scales", "loratools.surgery.folding.table", "loratools.surgery.inputs.planning",
+    "loratools.surgery.merge.gguf", "loratools.surgery.merge.resume", "loratools.surgery.merge.siblings",
+    "loratools.cli._batch", "loratools.cli._each", "loratools.cli._faults", "loratools.cli._hints",
+})  # fmt: skip
+"""What a merge of a LoRA into a model in safetensors does without: other kinds, layouts, schemes and verbs."""
+
+
 @pytest.mark.skipif(not tiles.available(), reason="no C code that reads files")
-def test_a_merge_leaves_other_layouts_alone(prepared: Path) -> None:
-    added = imported(["merge", "base", "adapter", "-o", "alone"], prepared, WHOLE)
+@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["written", "planned"])
+def test_a_merge_leaves_alone_what_it_does_not_use(more: tuple[str, ...], prepared: Path) -> None:
+    added = imported(["merge", "base", "adapter", "-o", f"alone{len(more)}", *more], prepared, WHOLE)
     assert "loratools.engine.run" in added
-    others = {
-        "hmac", "multiprocessing", "pickle", "pickletools", "random", "secrets", "subprocess", "tempfile",
-        "zipfile", "loratools.storage.pickles.archive", "loratools.adapter.kinds.locon", "loratools.dialects.comfy",
-        "loratools.dialects.kohya.files", "loratools.dialects.diffusers.files", "loratools.dialects.megatron.files",
-        "loratools.dialects.torchtune", "loratools.dialects.loralib",
-    }  # fmt: skip
-    assert added & others == set()
+    assert added & NEVER_IN_A_MERGE == set()
 
 
 def test_help_needs_the_command_line_only(prepared: Path) -> None:

@@ -248,8 +248,9 @@ def command(
     return click.command(cls=Command, section=section, each=each, renamed=renamed, together=together)
 
 
-def common_options() -> list[click.Parameter]:
-    """Return the options that every command has, and that may also stand before the command."""
+@cache
+def common_options() -> tuple[click.Parameter, ...]:
+    """Return the options that every command has, the same objects; they may also stand before the command."""
 
     def remember(ctx: click.Context, option: click.Parameter, value: Any) -> None:
         if value:  # a default must not undo what stood before the command
@@ -259,14 +260,15 @@ def common_options() -> list[click.Parameter]:
         variable = spelling.variable(names[-1])
         return click.Option(names, help=help, callback=remember, expose_value=False, envvar=variable, **more)
 
-    return [
+    return (
         flag("--json", help="Print the result, and any error, as one JSON document.", is_flag=True),
         flag("-q", "--quiet", help="Say nothing on stderr but warnings and errors.", is_flag=True),
         flag("-v", "--verbose", help="Say on stderr what is decided, and why.", count=True),
         flag("--no-progress", help="Draw no progress bars.", is_flag=True),
-    ]
+    )
 
 
+@cache
 def schema_option() -> click.Option:
     """Return the option that prints the JSON Schema of a command's documents."""
 

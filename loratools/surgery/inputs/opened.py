@@ -129,7 +129,9 @@ def _has(names: Names, adapter: Adapter, base: Checkpoint) -> bool:
     """Tell whether a base has an adapter's modules by their names, so that no naming of image models is asked."""
     if not all(map(names.find, adapter.updates)):
         return False
-    return len(base.shards) == 1 or names.loaded is not None  # rows of an image model in shards may lie by heads
+    # Rows of q, k and v in one weight may lie by heads in the shards of an image model.
+    fused = len(base.shards) > 1 and any("qkv" in module.rpartition(".")[2] for module in adapter.updates)
+    return not fused or names.loaded is not None
 
 
 def places_of(model: Checkpoint) -> list[Path]:

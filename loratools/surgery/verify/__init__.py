@@ -21,7 +21,6 @@ The first two read names, orientation and layouts as `merge` reads them; the las
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -161,7 +160,10 @@ def verify(
     adapters, weights = as_asked(adapters, weights, include, exclude, dialect, alpha, model_type)
     check_weights(adapters, weights)
     progress = progress or no_progress
-    seed = agreed(secrets.randbits(48)) if seed is None else seed
+    if seed is None:
+        from secrets import randbits
+
+        seed = agreed(randbits(48))
     model, base = logical(typed_model(model, model_type)), logical(typed_model(base, model_type))
     model.tell_unread()
     base.tell_unread()

@@ -133,6 +133,8 @@ class Family:
         strangers = (self.swapped | self.swapped_if.keys()) - self.renames.keys()
         yield from (f"{name} is swapped and not renamed" for name in sorted(strangers))
         yield from (f"{name} lies by heads and is not fused" for name in sorted(self.by_heads - self.fused.keys()))
+        odd = (name for name in sorted(self.by_heads) if "qkv" not in name.rpartition(".")[2])
+        yield from (f"{name} lies by heads and is not called qkv, by which such are known" for name in odd)
         yield from (f"{name} has a proportion and no name" for name in self.proportions.keys() - set(self.original))
         known_inputs = set(self.original).union(self.diffusers)
         yield from (f"{name} has inputs and no name" for name in sorted(self.inputs.keys() - known_inputs))
