@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 
 A, B, BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 A_EMBEDDING, B_EMBEDDING = "lora_embedding_A", "lora_embedding_B"
@@ -15,6 +16,10 @@ _FACTOR = (
 )
 _BESIDE = r"(?:.*[._])?(?:alpha|dora_scale|(?:lora_magnitude_vector|magnitude)(?:\.\w+)*|diff(?:_b)?|network_\w+)"
 
+_IN_FACTORS = ("lora", "hada_", "lokr_", "oft_")
+_IN_BESIDE = ("alpha", "dora_scale", "magnitude", "diff", "network_")
+"""One of these is in every name that matches: most names have none, and a look for a text is quick."""
+
 _EMBEDDINGS = frozenset({"emb_params", "clip_l", "clip_g", "t5xxl"})
 _WORD = re.compile(r"<[^<>]+>")
 
@@ -24,9 +29,15 @@ def factors_of(names: Iterable[str]) -> list[str]:
 
     A model that has factors beside its weights is a model. Parts that are no factors, such as `alpha`, tell nothing.
     """
-    telling = [name for name in names if not re.fullmatch(_BESIDE, name)]
-    factors = [name for name in telling if re.fullmatch(_FACTOR, name)]
+    beside, factor = _patterns()
+    telling = [name for name in names if not (any(part in name for part in _IN_BESIDE) and beside.fullmatch(name))]
+    factors = [name for name in telling if any(part in name for part in _IN_FACTORS) and factor.fullmatch(name)]
     return factors if 2 * len(factors) > len(telling) else []
+
+
+@cache
+def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    return re.compile(_BESIDE), re.compile(_FACTOR)
 
 
 def is_textual_inversion(shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -172,7 +172,7 @@ def _in_short(columns: Sequence[str]) -> list[str]:
     return last if len(set(last)) == len(last) and not any(word.isdigit() for word in last) else list(columns)
 
 
-def _in_order(column: str) -> tuple[int, tuple[tuple[int, str], ...]]:
+def _in_order(column: str) -> tuple[int, str]:
     words = re.split(r"[._]", column.removesuffix("_proj"))
     return min((_ORDER.index(word) for word in words if word in _ORDER), default=len(_ORDER)), natural(column)
 

@@ -45,9 +45,27 @@ def _compact(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 @lru_cache(REMEMBERED)
-def natural(name: str) -> tuple[tuple[int, str], ...]:
-    """Return a sort key that puts layer 9 before layer 10."""
-    return tuple([(int(part), "") if _is_number(part) else (-1, part) for part in re.split(r"(\d+)", name)])
+def natural(name: str) -> str:
+    """Return a sort key that puts layer 9 before layer 10.
+
+    >>> sorted(["h.10.q", "h.9.q", "h.q", "h.9", "h.09.q"], key=natural)
+    ['h.09.q', 'h.9', 'h.9.q', 'h.10.q', 'h.q']
+    """
+    return _digits().sub(_counted, name)
+
+
+@cache
+def _digits() -> re.Pattern[str]:
+    return re.compile(r"\d+")
+
+
+def _counted(match: re.Match[str]) -> str:
+    """Return digits behind their number, so that a text compares as what is written: what is longer is larger.
+
+    They come before all text, and what is no number as it is usually written, such as 007, before all numbers.
+    """
+    digits = match[0]
+    return f"\0\2{chr(len(digits))}{digits}" if _is_number(digits) else f"\0\1{digits}\0"
 
 
 def _is_number(part: str) -> bool:

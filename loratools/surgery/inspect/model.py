@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.naming.compact import natural
 from loratools.storage.sources import Location
-from loratools.surgery.inspect.amounts import Amount, TensorSummary, amount_of, by_dtype, sizes_of, summary_of
+from loratools.surgery.inspect.amounts import Amount, TensorSummary, amount_of, by_dtype, sizes_of, summary_of, total_of
 
 if TYPE_CHECKING:
     from loratools.storage.checkpoint import Checkpoint
@@ -57,6 +57,7 @@ def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSum
     model_type = config.get("model_type")
     record = read(checkpoint) or None
     entries = {key: text for shard in checkpoint.shards for key, text in shard.metadata.items()}
+    dtypes = by_dtype(sizes_of(specs.values()))
     tied, in_gguf = _tied(checkpoint), config.get("gguf") or {}
     return CheckpointSummary(
         path=str(path), components=checkpoint.components, schema=checkpoint.schema(), record=record,
@@ -64,7 +65,7 @@ def describe_checkpoint(checkpoint: Checkpoint, path: Location) -> CheckpointSum
         or in_gguf.get("architecture", entries.get("modelspec.architecture")),
         model_type=model_type if isinstance(model_type, str) else None,
         tied=tied, quantization=stated_codes(config) or gguf_codes(specs), parent=in_gguf.get("parent"),
-        total=amount_of(specs.values()), dtypes=by_dtype(sizes_of(specs.values())),
+        total=total_of(dtypes.values()), dtypes=dtypes,
         shards={
             shard.path.relative_to(checkpoint.root).as_posix(): amount_of(shard.tensors.values())
             for shard in checkpoint.shards
