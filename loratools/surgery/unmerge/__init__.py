@@ -47,8 +47,6 @@ from loratools.surgery.merge.plan import plan_merge
 from loratools.surgery.merge.prepare import Account
 from loratools.surgery.merge.single import is_single, left_behind, new_model
 from loratools.surgery.unmerge.merged import MergedModel
-from loratools.surgery.unmerge.subtract import subtract
-from loratools.surgery.verify import verify
 
 Method = Literal["base", "residual", "approximate"]
 Proof = Literal["root hash", "tensor digests", "verify"]
@@ -188,6 +186,8 @@ def unmerge(
             options = MergeOptions(
                 tied=merged.tied or tied or "both", check_base="off", retention="off", threads=threads
             )
+            from loratools.surgery.unmerge.subtract import subtract
+
             done = subtract(merged, (), options, output, progress, scratch)
             warned(_APPROXIMATE)
             plan = done.prepared.plan
@@ -215,6 +215,8 @@ def _copy_base(
     if merged.record:
         changed = len(merged.record["base"]["tensors"])
     else:
+        from loratools.surgery.verify import verify  # a record says what a proof would
+
         adapters = [each.path if each.words and each.path else each.adapter for each in merged.inputs]
         weights = [each.words if each.words and each.path else each.weight for each in merged.inputs]
         verification = verify(merged.model, base, adapters, weights=weights, threads=threads)

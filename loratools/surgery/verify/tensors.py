@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from loratools.engine.plan import MergePlan
 from loratools.parallel import Progress, no_progress
 from loratools.storage import dtypes, files
-from loratools.storage.codecs import Encoding
 from loratools.storage.header import TensorSpec
 from loratools.surgery.verify import probes as probing
 from loratools.surgery.verify.tiles import TILE, survey
+
+if TYPE_CHECKING:
+    from loratools.storage.codecs import Encoding
 
 # On the bound: wide dtypes are no wider than their own sums.
 _SLACK = {"BF16": 1.02, "F16": 1.02, "F32": 8.0, "F64": 8.0}
@@ -52,7 +54,7 @@ def same(base: TensorSpec, merged: TensorSpec, coded: bool, progress: Progress) 
     An infinity that the base has not is no rounding. What belongs to a quantization (`coded`) may not be cast at all.
     """
     if base.encoding and merged.encoding:  # what is stored, for two codes can stand for one number
-        ours, theirs = (cast(Encoding, spec.encoding).module for spec in (base, merged))
+        ours, theirs = (cast("Encoding", spec.encoding).module for spec in (base, merged))
         progress(merged.nbytes // 4)
         return ours.specs.keys() == theirs.specs.keys() and all(
             files.same_bytes(spec, theirs.specs[part]) for part, spec in ours.specs.items()
@@ -131,7 +133,7 @@ def _of_codes(merged: TensorSpec) -> float:
 
     Codes made from the unquantized original differ from the base's by the errors of two quantizations.
     """
-    return min(1.0, 1.5 * 2.0 ** (3 - cast(Encoding, merged.encoding).bits))
+    return min(1.0, 1.5 * 2.0 ** (3 - cast("Encoding", merged.encoding).bits))
 
 
 def unseen(changed: Iterable[TensorSpec], exact: bool) -> tuple[str, ...]:
