@@ -125,7 +125,7 @@ class Options:
     def device(self, value: object) -> str:
         """Return a device, a text or torch's object, by its name (`cuda:1`); note a problem where it is none."""
         name = str(value)
-        if not re.fullmatch(_DEVICE, name):
+        if name != "cpu" and not re.fullmatch(_DEVICE, name):
             self.problems.append(f"device is {value!r}; it can be cpu, cuda, cuda:N or mps")
         return name
 

@@ -17,10 +17,10 @@ from loratools.adapter.model import BaseIdentity
 from loratools.storage import digest
 
 _NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
-_ON_HUB = re.compile(rf"(?:models/)?({_NAME}/{_NAME})(?:@.*|/(?:tree|resolve|blob)/.*)?")
-_CACHED = re.compile(rf"models--({_NAME}?)--({_NAME})(?:[/\\]snapshots[/\\].*)?$")
-_SCHEME = re.compile(r"(?:hf://|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)")
-_FOLDER = re.compile(r"[./\\~]|[A-Za-z]:[/\\]|file:")
+_ON_HUB = rf"(?:models/)?({_NAME}/{_NAME})(?:@.*|/(?:tree|resolve|blob)/.*)?"
+_CACHED = rf"models--({_NAME}?)--({_NAME})(?:[/\\]snapshots[/\\].*)?$"
+_SCHEME = r"(?:hf://|https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)"
+_FOLDER = r"[./\\~]|[A-Za-z]:[/\\]|file:"
 
 Tier = Literal["schema", "tensors", "root", "logical"]
 """A part of the base hash: of names, dtypes and shapes; of each tensor; of all tensors; of the 16-bit numbers that a
@@ -127,10 +127,11 @@ def one_name(names: Sequence[str]) -> str | None:
 
 def _normal(name: str) -> tuple[str, bool]:
     """Return a name in one spelling, and whether it is that of a repository on the Hub, whose case does not count."""
-    bare = _SCHEME.sub("", name.strip()).rstrip("/\\")
-    if cached := _CACHED.search(bare):
+    bare = name.strip()
+    bare = (re.sub(_SCHEME, "", bare) if "://" in bare else bare).rstrip("/\\")
+    if "models--" in bare and (cached := re.search(_CACHED, bare)):
         return "/".join(cached.groups()).lower(), True
-    if (on_hub := _ON_HUB.fullmatch(bare)) and not _FOLDER.match(bare):
+    if "/" in bare and (on_hub := re.fullmatch(_ON_HUB, bare)) and not re.match(_FOLDER, bare):
         return on_hub[1].lower(), True
     parts = [part for part in re.split(r"[/\\]+", bare.removeprefix("file:")) if part != "."]
     return "/".join(parts), False

@@ -21,7 +21,7 @@ _IN_BESIDE = ("alpha", "dora_scale", "magnitude", "diff", "network_")
 """One of these is in every name that matches: most names have none, and a look for a text is quick."""
 
 _EMBEDDINGS = frozenset({"emb_params", "clip_l", "clip_g", "t5xxl"})
-_WORD = re.compile(r"<[^<>]+>")
+_WORD = r"<[^<>]+>"
 
 
 def factors_of(names: Iterable[str]) -> list[str]:
@@ -45,5 +45,7 @@ def is_textual_inversion(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
     `emb_params` of sd-scripts and web UIs, `clip_l` and `clip_g` of those of SDXL and later, `<word>` of diffusers.
     """
-    named = bool(shapes) and (all(map(_WORD.fullmatch, shapes)) or shapes.keys() <= _EMBEDDINGS)
+    named = bool(shapes) and (
+        all(name[:1] == "<" and re.fullmatch(_WORD, name) for name in shapes) or shapes.keys() <= _EMBEDDINGS
+    )
     return named and all(len(shape) in (1, 2) for shape in shapes.values())

@@ -8,16 +8,16 @@ PEFT's layer for `nn.MultiheadAttention` is of this kind too: there W is `in_pro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 
 from loratools.adapter.kinds import Update
 from loratools.adapter.kinds._product import TwoFactors
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class LoraUpdate(TwoFactors):
     """s·B·A for a linear layer."""
+
+    __slots__ = ()  # nor fields of its own: it is a dataclass as it stands
 
     kind = "lora"
 

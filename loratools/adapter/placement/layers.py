@@ -13,7 +13,7 @@ from loratools.storage.checkpoint import Checkpoint
 
 SETTING = "layer_replication"
 # The lists of layers that PEFT's `replicate_layers` finds: those of Llama, BERT and Falcon, in any wrappers.
-_LAYER = re.compile(r"((?:(?:model|bert|transformer)\.)*(?:layers|encoder\.layer|h))\.(\d+)\.(.+)", re.ASCII)
+_LAYER = r"((?:(?:model|bert|transformer)\.)*(?:layers|encoder\.layer|h))\.(\d+)\.(.+)"
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -37,7 +37,8 @@ def replicated(base: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoint:
             "these adapters are for models of different layers, and cannot be merged together",
             [f"adapter {i + 1}: {SETTING} {list(map(list, layers)) or 'none'}" for i, layers in enumerate(ranges)],
         )
-    matches = {name: match for name in base.specs if (match := _LAYER.fullmatch(name))}
+    layer = re.compile(_LAYER, re.ASCII)
+    matches = {name: match for name in base.specs if (match := layer.fullmatch(name))}
     lists = sorted({match[1] for match in matches.values()})
     count = 1 + max((int(match[2]) for match in matches.values()), default=-1)
     highest, wanted = max(stop for _, stop in ranges[0]) - 1, sum(stop - start for start, stop in ranges[0])

@@ -26,7 +26,7 @@ _NOT_WEIGHTS = ("adapter_model", "adapters", "pytorch_lora_weights", "optimizer"
 _NUMBERED = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})\.(?:safetensors|bin)")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Choice:
     """What is read of a folder: one index, or the `files` that make up the model.
 

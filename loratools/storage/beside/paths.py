@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 _END = r"\s\"'<>|`;,)(\]\[}{*?"
-_PATH = re.compile(
+_PATH = (
     rf"(?:file:/*)?(?<![\w/\\.~%-])(?:~(?:/[^/{_END}:]+)+|\.{{1,2}}(?:/[^/{_END}:]+)+|(?:/[^/{_END}:]+){{2,}})/?"
     rf"|(?<![A-Za-z0-9])[A-Za-z]:[\\/][^{_END}:]*|\\\\[\w.$-]+\\[^{_END}:]*"
 )
-_WHOLE = re.compile(r"(?:file:|~?/|\.{1,2}/|[A-Za-z]:[\\/]|\\\\)[^\n]*")
+_WHOLE = r"(?:file:|~?/|\.{1,2}/|[A-Za-z]:[\\/]|\\\\)[^\n]*"
 
-_HOME = re.compile(r"(?:file:/*)?(?:/home/|/Users/|/root/|[A-Za-z]:[\\/]Users[\\/])")
+_HOME = r"(?:file:/*)?(?:/home/|/Users/|/root/|[A-Za-z]:[\\/]Users[\\/])"
 
 
 def paths_in(text: str) -> list[str]:
@@ -24,9 +24,9 @@ def paths_in(text: str) -> list[str]:
     """
     if text.startswith("data:"):
         return []
-    if len(text) > 1 and " /" not in text and _WHOLE.fullmatch(text):
+    if len(text) > 1 and " /" not in text and re.fullmatch(_WHOLE, text):
         return [text]
-    return [match[0] for match in _PATH.finditer(text)]
+    return [match[0] for match in re.finditer(_PATH, text)]
 
 
 def last_part(path: str) -> str:
@@ -46,9 +46,9 @@ def without_paths(text: str) -> str:
     """
     if text.startswith("data:"):
         return text
-    if len(text) > 1 and " /" not in text and _WHOLE.fullmatch(text):
+    if len(text) > 1 and " /" not in text and re.fullmatch(_WHOLE, text):
         return last_part(text)
-    return _PATH.sub(lambda match: last_part(match[0]), text)
+    return re.sub(_PATH, lambda match: last_part(match[0]), text)
 
 
 def without_homes(text: str) -> str:
@@ -57,7 +57,7 @@ def without_homes(text: str) -> str:
     >>> without_homes("cd /usr/bin; see /home/ann/x/notes.txt")
     'cd /usr/bin; see notes.txt'
     """
-    return _PATH.sub(lambda match: last_part(match[0]) if _HOME.match(match[0]) else match[0], text)
+    return re.sub(_PATH, lambda match: last_part(match[0]) if re.match(_HOME, match[0]) else match[0], text)
 
 
 def public_entries(entries: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from typing import Any
 from loratools.errors import BadFile
 
 _RECIPE, _LONGEST = "recipe.yaml", 1 << 20
-_MODIFIERS = re.compile(r"\b(AWQ|SmoothQuant|AutoSmoothQuant|LogarithmicEqualization)Modifier\b")
-_ALGORITHMS = re.compile(r"AWQ|(?:^|_)SQ(?:_|$)|SMOOTHQUANT")
+_MODIFIERS = r"\b(AWQ|SmoothQuant|AutoSmoothQuant|LogarithmicEqualization)Modifier\b"
+_ALGORITHMS = r"AWQ|(?:^|_)SQ(?:_|$)|SMOOTHQUANT"
 
 
 def folded(statement: Mapping[str, Any], root: Path) -> str | None:
@@ -28,7 +28,7 @@ def folded(statement: Mapping[str, Any], root: Path) -> str | None:
     if str(statement.get("quant_method") or "").lower() == "awq" and not statement.get("autoround_version"):
         return "AWQ divides norms by scales, and multiplies the weights behind them (config.json: quant_method awq)"
     algorithm = str(statement.get("quant_algo") or "").upper()
-    if _ALGORITHMS.search(algorithm):
+    if algorithm and re.search(_ALGORITHMS, algorithm):
         return f"{algorithm} moves scales between norms and the weights behind them (config.json: quant_algo)"
     if modifier := _of_recipe(root / _RECIPE):
         return f"{modifier} moves scales between norms and the weights behind them ({_RECIPE})"
@@ -45,5 +45,5 @@ def _of_recipe(path: Path) -> str | None:
     if len(raw) > _LONGEST:
         raise BadFile(f"{path}: larger than {_LONGEST} bytes, and no recipe of llm-compressor")
     lines = (line.partition("#")[0] for line in raw.decode(errors="replace").splitlines())
-    found = next((match for line in lines if (match := _MODIFIERS.search(line))), None)
+    found = next((match for line in lines if (match := re.search(_MODIFIERS, line))), None)
     return found and found.group(1)

@@ -22,7 +22,7 @@ from loratools.surgery.merge.single import write_record
 _FRONT = (
     r"(?:base_model: .*\n)?(?:base_model_relation: merge\n)?library_name: transformers\ntags: \[loratools, [a-z]+\]\n"
 )
-_ALONE = re.compile(f"---\n{_FRONT}---")  # the front matter that a record alone made
+_ALONE = f"---\n{_FRONT}---"  # the front matter that a record alone made
 _SECTION = re.compile("<!-- loratools merge -->"), "<!-- /loratools merge -->", "\n"
 
 
@@ -96,7 +96,7 @@ def card(text: str, record: Mapping[str, Any]) -> str:
     tag = "merge" if rows else record.get("operation", "merge")
     alone = f"---\n{front}library_name: transformers\ntags: [loratools, {tag}]\n---"
     own = cut(text, *_SECTION)[0].rstrip("\n")
-    own = "" if _ALONE.fullmatch(own) else own
+    own = "" if own and re.fullmatch(_ALONE, own) else own
     return f"{own or alone}\n\n{section}"
 
 
