@@ -8,18 +8,22 @@ but that are to differ; a file that names its tensors as the inner model does, b
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loratools.adapter.placement.shared import Name, Tie, Ties, architectures
+from loratools.adapter.placement.shared import architectures
 from loratools.errors import IncompatibleAdapter
+
+if TYPE_CHECKING:
+    from loratools.adapter.placement.classes import Name, Tie
+    from loratools.adapter.placement.shared import Ties
+
+    Changes = Mapping[tuple[Tie, Name], Collection[int]]
+    """Which changes, by number, act on each name that any acts on."""
 
 _BOTH = "--tied both changes the shared weight."
 
 Left = Mapping[str, list[frozenset[str]]]
 """What each version of transformers still ties, by the names' keys."""
-
-Changes = Mapping[tuple[Tie, Name], Collection[int]]
-"""Which changes, by number, act on each name that any acts on."""
 
 
 def apart(

@@ -26,6 +26,42 @@ Group = frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
+class Name:
+    """One name of a weight that is tied: `name` in the model's class (None: not known), `tensor` in the base, if there.
+
+    `is_head` says whether it is the output head; `key` is what its spellings have in common.
+    """
+
+    name: str | None
+    tensor: str | None
+    is_head: bool = False
+    key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """One weight of several names, the head last; `asked` says whether only a user can tell if they are one."""
+
+    names: tuple[Name, ...]
+    asked: bool = False
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Return the tensors of the base that hold it, the embedding first."""
+        return tuple(each.tensor for each in self.names if each.tensor)
+
+    @property
+    def has_head(self) -> bool:
+        """Tell whether the output head is one of its names."""
+        return self.names[-1].is_head
+
+    @property
+    def is_bias(self) -> bool:
+        """Tell whether it is a bias: a change of one name is then a change of all, in PEFT too."""
+        return any(each.name is not None and each.name.endswith("bias") for each in self.names)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelClass:
     """One class of transformers: what it calls its embedding and head, and what it ties.
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from loratools.adapter.input import AdapterInput
 from loratools.adapter.kinds import Update
 from loratools.adapter.naming.wrappers import Names
-from loratools.adapter.placement.shared import Tie, Ties, ties_for
+from loratools.adapter.placement.shared import Ties, ties_for
 from loratools.adapter.placement.whole import resolve_replacements
 from loratools.errors import IncompatibleAdapter, WrongBase
 from loratools.storage import dtypes, files
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import TensorSpec
 from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    from loratools.adapter.placement.classes import Tie
 
 _Change = TypeVar("_Change")
 

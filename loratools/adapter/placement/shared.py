@@ -15,49 +15,13 @@ from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import normalized
 
 if TYPE_CHECKING:
-    from loratools.adapter.placement.classes import Group, ModelClass
+    from loratools.adapter.placement.classes import Group, ModelClass, Name, Tie
 
 HEADS = ("lm_head", "embed_out", "output_projection")
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
 
 _HAS_LM_HEAD = ("CausalLM", "LMHeadModel", "ForConditionalGeneration")
 _NUMBERED = re.compile(r"\.\d+\.", re.ASCII)
-
-
-@dataclass(frozen=True, slots=True)
-class Name:
-    """One name of a weight that is tied: `name` in the model's class (None: not known), `tensor` in the base, if there.
-
-    `is_head` says whether it is the output head; `key` is what its spellings have in common.
-    """
-
-    name: str | None
-    tensor: str | None
-    is_head: bool = False
-    key: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Tie:
-    """One weight of several names, the head last; `asked` says whether only a user can tell if they are one."""
-
-    names: tuple[Name, ...]
-    asked: bool = False
-
-    @property
-    def stored(self) -> tuple[str, ...]:
-        """Return the tensors of the base that hold it, the embedding first."""
-        return tuple(each.tensor for each in self.names if each.tensor)
-
-    @property
-    def has_head(self) -> bool:
-        """Tell whether the output head is one of its names."""
-        return self.names[-1].is_head
-
-    @property
-    def is_bias(self) -> bool:
-        """Tell whether it is a bias: a change of one name is then a change of all, in PEFT too."""
-        return any(each.name is not None and each.name.endswith("bias") for each in self.names)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,7 +92,7 @@ def _known(model: ModelClass, places: Mapping[str, str], config: Mapping[str, An
     def place(name: str | None) -> str | None:
         return places.get(model.key(name)) if name else None
 
-    from loratools.adapter.placement.classes import said
+    from loratools.adapter.placement.classes import Name, Tie, said
 
     head, head_key = place(model.head), model.key(model.head or "")
     versions = model.groups(config)
@@ -164,6 +128,8 @@ def _guessed(model: ModelClass | None, tensors: Mapping[str, Any], config: Mappi
     silent = flag is None and bool(config)  # without any config no class is named, and nothing is tied
     if embedding is None or (head is not None and not flag and not silent):
         return Ties(embedding, head)
+    from loratools.adapter.placement.classes import Name, Tie
+
     names = architectures(config)
     usual = "lm_head.weight" if not names or any(part in name for name in names for part in _HAS_LM_HEAD) else None
     name = head or (model.head if model else usual)

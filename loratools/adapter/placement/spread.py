@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.model import Adapter
-from loratools.adapter.placement.shared import Name, Tie, Ties
 from loratools.errors import IncompatibleAdapter
 
-Names = Callable[[Tie], Collection[str]]
+if TYPE_CHECKING:
+    from loratools.adapter.placement.classes import Name, Tie
+    from loratools.adapter.placement.shared import Ties
+
+    Names = Callable[[Tie], Collection[str]]
 
 _TIED_BY_PEFT = ("embed_tokens", "lm_head")  # PEFT's EMBEDDING_LAYER_NAMES
 

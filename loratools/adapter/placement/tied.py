@@ -13,16 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.model import Adapter
 from loratools.adapter.naming.wrappers import Names
 from loratools.adapter.placement.apart import apart
-from loratools.adapter.placement.shared import EMBEDDINGS, HEADS, Name, Tie, Ties, last_segment, main_tensor, ties_for
+from loratools.adapter.placement.shared import EMBEDDINGS, HEADS, Ties, last_segment, main_tensor, ties_for
 from loratools.adapter.placement.spread import acting, breaking, spread
 from loratools.errors import IncompatibleAdapter
 from loratools.storage import files
 from loratools.storage.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from loratools.adapter.placement.classes import Name, Tie
 
 POLICIES = ("error", "untie", "both")
 
