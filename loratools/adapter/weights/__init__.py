@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from loratools.adapter.model import Adapter
-from loratools.adapter.naming.image.groups import groups
 from loratools.adapter.naming.selection import matches
-from loratools.adapter.weights import blocks
-from loratools.adapter.weights.layouts import Layout, layouts
 from loratools.decisions import warned
 from loratools.errors import InvalidOption, LoraToolsError
 from loratools.options import is_finite
+
+if TYPE_CHECKING:
+    from loratools.adapter.model import Adapter
+    from loratools.adapter.weights.layouts import Layout
 
 BLOCKS = "lbw:"
 """What begins a list of block weights."""
@@ -75,6 +76,10 @@ class Weight:
         """
         if not self.numbers:
             return self
+        from loratools.adapter.naming.image.groups import groups  # most weights are numbers
+        from loratools.adapter.weights import blocks
+        from loratools.adapter.weights.layouts import layouts
+
         count, known = len(self.numbers), layouts(adapter)
         fitting = [layout for layout in known if len(layout) == count]
         names = {reading.name for group in groups(adapter) for reading in group.readings}
@@ -97,11 +102,13 @@ class Weight:
         """Return the weight of a module."""
         if self.layout:
             return self.default * self.numbers[self.layout.place(module)]
-        if self.numbers and not self.blocks:
+        if not self.numbers and not self.blocks:
+            return next((value for pattern, value in self.patterns if matches(pattern, module)), self.default)
+        from loratools.adapter.weights import blocks
+
+        if not self.blocks:
             return self.default * replace(self, blocks=blocks.weights_of(list(self.numbers)), numbers=()).of(module)
-        if self.blocks:
-            return self.default * self.blocks.get(blocks.block_of(module, blocks.FLUX[0] in self.blocks), 0.0)
-        return next((value for pattern, value in self.patterns if matches(pattern, module)), self.default)
+        return self.default * self.blocks.get(blocks.block_of(module, blocks.FLUX[0] in self.blocks), 0.0)
 
     def negated(self) -> Weight:
         """Return −1 times it, for every module."""

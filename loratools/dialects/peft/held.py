@@ -10,18 +10,14 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 from loratools.adapter.model import Adapter
-from loratools.dialects._frame import memory
-from loratools.dialects._frame.build import check_gathered
 from loratools.dialects._frame.values import Config, HasAdapter, PeftModel
-from loratools.dialects.peft import checks, typed
-from loratools.dialects.peft.assemble import assemble
-from loratools.dialects.peft.names import unwrap
 from loratools.errors import BadFile, InvalidOption, counted
-from loratools.format import keys
-from loratools.storage.lazy import LazyTensor
+
+if TYPE_CHECKING:
+    from loratools.storage.lazy import LazyTensor
 
 _CONFIG = Path("the config of the state dict")
 _WANTED = (
@@ -75,6 +71,11 @@ def _of_model(model: PeftModel, initial: bool) -> Adapter:
 
 
 def _of_pair(state: Mapping[Any, Any], config: object, initial: bool) -> Adapter:
+    from loratools.dialects._frame import memory
+    from loratools.dialects._frame.build import check_gathered
+    from loratools.dialects.peft import checks, typed
+    from loratools.dialects.peft.assemble import assemble
+
     document = _document(config)
     tensors = typed.present(_tensors(state), document)
     check_gathered(memory.STATE, tensors, checks.is_flat)
@@ -83,6 +84,10 @@ def _of_pair(state: Mapping[Any, Any], config: object, initial: bool) -> Adapter
 
 def _tensors(state: Mapping[Any, Any]) -> dict[str, LazyTensor]:
     """Return copies of the tensors, under the names that a file has; raise `BadFile` with all that are none."""
+    from loratools.dialects._frame import memory
+    from loratools.dialects.peft.names import unwrap
+    from loratools.format import keys
+
     tensors = memory.tensors_of(state)
     # Without PEFT's wrapper around the model (`model.add_adapter` of transformers and diffusers) there is no prefix.
     bare = not any(unwrap(name).startswith(keys.PREFIX) for name in tensors)
