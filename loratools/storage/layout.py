@@ -15,7 +15,7 @@ Entry = tuple[str, str, tuple[int, ...]]
 """A tensor to be placed: name, dtype, shape."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Slot:
     """The place of one tensor in an output file: name, dtype, shape, and the offset from the file's beginning."""
 
@@ -26,7 +26,7 @@ class Slot:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class FilePlan:
     """One output file: its name, its complete header, and the slots of its tensors in order.
 
