@@ -220,16 +220,25 @@ def same_bytes(first: TensorSpec, second: TensorSpec) -> bool:
     return True
 
 
-def row_pieces(specs: Sequence[TensorSpec], columns: int, nbytes: int) -> Iterator[tuple[int, int, list[memoryview]]]:
+def row_pieces(
+    specs: Sequence[TensorSpec], columns: int, nbytes: int, held: list[bytearray] | None = None
+) -> Iterator[tuple[int, int, list[memoryview]]]:
     """Read tensors of as many elements side by side, each as a matrix of `columns` columns, some rows at a time.
 
     Yields the number of the first row, how many there are, and for each tensor the bytes of the rows, valid until the
-    next ones are asked for. A tile of the widest dtype takes about `nbytes`, at least one row.
+    next ones are asked for. A tile of the widest dtype takes about `nbytes`, at least one row. `held` is memory of
+    earlier tensors for each of those side by side; what is too small is replaced there. Fresh pages cost as much as the
+    reading.
     """
     sizes = [dtypes.bits(spec.dtype) // 8 for spec in specs]
     total = specs[0].parameters // columns
     step = max(1, nbytes // (columns * max(sizes)))
-    buffers = [memoryview(bytearray(min(step, total) * columns * size)) for size in sizes]
+    held = [] if held is None else held
+    needed = [min(step, total) * columns * size for size in sizes]
+    for i, need in enumerate(needed):
+        if i == len(held) or len(held[i]) < need:
+            held[i : i + 1] = [bytearray(need)]
+    buffers = [memoryview(held[i]) for i in range(len(specs))]
     with ExitStack() as stack:
         sources = [stack.enter_context(opened(spec)) for spec in specs]
         for first in range(0, total, step):

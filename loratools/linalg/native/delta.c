@@ -4,8 +4,10 @@
  * the order of the numbers, each run of RUN of them summed on its own; Gram matrices are in float64 throughout. No
  * sum depends on the width of a processor's vectors. A library's general product reaches a third of a processor's speed
  * at 32 columns, and its sums depend on the number of threads. `delta.h` and `skinny.h` have the
- * arithmetic, compiled for each width. Where a processor multiplies BF16 it does so in half the time.
+ * arithmetic, compiled for each width, `blocks.h` what is made of it. Where a processor multiplies BF16 it does so in half
+ * the time.
  */
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -17,6 +19,7 @@ enum { RUN = 512, FEW = 64 };                 /* numbers summed in one run; rows
 enum { BLOCK = 2048, TILE = 32 };             /* columns, and rows, whose numbers stay in the cache */
 enum { BAND = 24576, MOST_BAND = 48 };        /* numbers, and rows at most, that stay in a smaller one */
 enum { PIECE = 48 };                          /* columns that are copied together */
+enum { OUTER = 6, NEAR = 4096 };              /* rows that are taken at once; numbers of a result that stay near */
 enum { ASIDE = BLOCK + 16, LINE = 64 };       /* numbers from row to row of a tile: a line more; bytes of a line */
 
 /* The same fields, in the same order, as `_Change` in delta.py. */
@@ -157,6 +160,8 @@ void loratools_across_bf16(const Product *at, size_t width) { (void)at, (void)wi
 size_t loratools_multiplies_bf16(void) { return 0; }
 void loratools_gram(const Product *at, size_t width) { (void)width, gram_4(at); }
 #endif
+
+#include "blocks.h"
 
 /* Whoever calls checks that it means the same fields. */
 size_t loratools_change_size(void) { return sizeof(Change); }

@@ -121,25 +121,28 @@ INLINE void NAMED(strip64, WIDTH)(
         for (int n = 0; n < SUMS; n++) *(Doubles *)(out + i * wide + n * WIDTH / 2) = sums[i][n];
 }
 
-/* out (columns, k) = Dᵀ·X, in float64. */
+/* out (columns, k) = Dᵀ·X, in float64; of DᵀD the half below the diagonal blocks is computed, and copied. */
 TARGET static void NAMED(gram, WIDTH)(const Product *at)
 {
     size_t wide = padded(at->k), high = padded(at->columns);
-    double *out = at->out, *D = at->memory, *X = D + FEW * high;
+    int same = at->X == at->D && at->k == at->columns && at->down == at->stride;
+    double *out = at->out, *D = at->memory, *X = same ? D : D + FEW * high;
     memset(out, 0, at->columns * wide * sizeof(double));
     for (size_t from = 0; from < at->rows; from += FEW) {
         size_t rows = at->rows - from < FEW ? at->rows - from : FEW;
         for (size_t r = 0; r < rows; r++) {
             NAMED(doubled, WIDTH)((const float *)at->D + (from + r) * at->stride, D + r * high, at->columns, high);
-            NAMED(doubled, WIDTH)(at->X + (from + r) * at->down, X + r * wide, at->k, wide);
+            if (!same) NAMED(doubled, WIDTH)(at->X + (from + r) * at->down, X + r * wide, at->k, wide);
         }
         for (size_t p = 0; p < wide; p += LANES) {
-            size_t c = 0;
+            size_t c = same ? p : 0;
             for (; c + SQUARE <= at->columns; c += SQUARE)
                 NAMED(strip64, WIDTH)(SQUARE, D + c, high, rows, X + p, wide, out + c * wide + p);
             for (; c < at->columns; c++) NAMED(strip64, WIDTH)(1, D + c, high, rows, X + p, wide, out + c * wide + p);
         }
     }
+    for (size_t c = 0; same && c < at->columns; c++)
+        for (size_t n = c / LANES * LANES + LANES; n < at->columns; n++) out[c * wide + n] = out[n * wide + c];
 }
 
 /* D of F32: a cell is a number. */

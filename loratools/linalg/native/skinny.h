@@ -110,6 +110,45 @@ INLINE void OF(strip)(
 }
 
 #if DEEP == 1
+#if PANELS == 1
+/* out (columns, LANES) += Dᵀ·X over `count` rows, whose numbers of X stay in registers; they begin anew unless `add`. */
+INLINE void OF(outer)(
+    const int count, const float *D, size_t stride, size_t columns, const float *X, size_t down, float *out, size_t wide,
+    int add)
+{
+    Vector x[OUTER][VECTORS];
+    for (int r = 0; r < count; r++)
+        for (int n = 0; n < VECTORS; n++) x[r][n] = *(const Vector *)(X + r * down + n * WIDTH);
+    for (size_t c = 0; c < columns; c++) {
+        Vector sums[VECTORS];
+        for (int n = 0; n < VECTORS; n++) sums[n] = add ? *(const Vector *)(out + c * wide + n * WIDTH) : (Vector){0};
+#pragma GCC unroll 6
+        for (int r = 0; r < count; r++)
+            for (int n = 0; n < VECTORS; n++) sums[n] = OF(add)(sums[n], D[r * stride + c], x[r][n]);
+        for (int n = 0; n < VECTORS; n++) *(Vector *)(out + c * wide + n * WIDTH) = sums[n];
+    }
+}
+
+/* back (columns, k) += Dᵀ·Y over rows [from, to), Y as `outer` takes it, from row `from` on, and its panels `apart`. */
+INLINE void OF(back_rows)(
+    const Product *at, size_t from, size_t to, const char *next, const float *Y, size_t down, size_t apart, float *back)
+{
+    (void)next;
+    size_t wide = padded(at->k), near = wide < NEAR ? NEAR / wide : 1;
+    for (size_t first = 0; first < at->columns; first += near) {
+        size_t columns = at->columns - first < near ? at->columns - first : near;
+        for (size_t p = 0; p < wide; p += LANES) {
+            const float *X = Y + p / LANES * apart, *D = (const float *)at->D + from * at->stride + first;
+            float *out = back + first * wide + p;
+            size_t r = from;
+            for (; r + OUTER <= to; r += OUTER, X += OUTER * down, D += OUTER * at->stride)
+                OF(outer)(OUTER, D, at->stride, columns, X, down, out, wide, r > 0);
+            for (; r < to; r++, X += down, D += at->stride)
+                OF(outer)(1, D, at->stride, columns, X, down, out, wide, r > 0);
+        }
+    }
+}
+#else
 /* back (columns, k) += Dᵀ·Y over rows [from, to), Y as a `strip` takes it, from row `from` on.
  *
  * PIECE columns at a time are copied beside each other, where no two rows need one place of a cache; meanwhile what lies
@@ -149,6 +188,8 @@ INLINE void OF(back_rows)(
         }
     }
 }
+
+#endif
 
 /* out (columns, k) = Dᵀ·X. */
 TARGET static void OF(across)(const Product *at)

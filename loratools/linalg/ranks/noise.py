@@ -14,10 +14,8 @@ if TYPE_CHECKING:
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
-UNITS = {
-    "BF16": ("<u2", 2.0**-7, 2.0**-126), "F16": ("<f2", 2.0**-10, 2.0**-14), "F32": ("<f4", 2.0**-23, 2.0**-126),
-}  # fmt: skip
-"""Dtype, as files name it: how NumPy reads its numbers, the distance between them at 1, and the least normal one."""
+UNITS = {"BF16": ("<u2", 0x7F80, 2.0**-7), "F16": ("<u2", 0x7C00, 2.0**-10), "F32": ("<u4", 0x7F800000, 2.0**-23)}
+"""Dtype, as files name it: how NumPy reads its bits, those of the exponent, and the distance between numbers at 1."""
 
 
 def ulp(W: Tensor, dtype: torch.dtype) -> Tensor:
@@ -40,16 +38,14 @@ def unit_squares(raw: bytes | bytearray, dtype: str) -> float:
     """Return Σ ulp(w)² over the numbers whose bytes these are, of a dtype in `UNITS`, in float64 and without torch."""
     import numpy as np
 
-    stored, eps, smallest = UNITS[dtype]
-    numbers = np.frombuffer(raw, stored)
-    if dtype == "BF16":  # of which there are 256 kinds
-        counts = np.bincount(numbers >> 7 & 0xFF, minlength=256)
-        bits = np.flatnonzero(counts).astype("<u4") << 23
-        counts = counts[counts > 0]
-    else:
-        bits, counts = numbers.astype("<f4").view("<u4") & 0x7F800000, None
-    units = np.maximum(bits.view("<f4"), np.float32(smallest)).astype(float) * eps
-    return float(units @ units if counts is None else counts @ units**2)
+    from loratools.linalg.native import delta
+
+    stored, exponent, eps = UNITS[dtype]
+    # Without sign and significand a number is the power of two below it; those below the normal ones are the least.
+    powers = np.maximum(np.frombuffer(raw, stored) & exponent, exponent & -exponent).view(np.uint8)
+    room = np.empty(powers.size // np.dtype(stored).itemsize, np.float32)
+    _, squares, _ = delta.difference(memoryview(powers), memoryview(powers), (dtype, dtype), room)
+    return squares * eps**2
 
 
 def rounding_edge(W: Tensor, dtype: torch.dtype) -> float:

@@ -1,6 +1,6 @@
 """A block Krylov basis of a float32 matrix in the processor's memory, in C and NumPy alone.
 
-The steps of `krylov.py` for a rank that is given. Sums are the C's, and LAPACK sees small matrices of float64 only.
+The steps of `krylov.py` for a rank that is given. All sums are the C's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from loratools.linalg.native import delta
+from loratools.linalg.native import delta, eigen
+from loratools.linalg.native.blocks import Steps
 from loratools.linalg.svd.start import random_columns
 from loratools.linalg.svd.stopping import CAUTION, hidden, is_crowded, to_come
 
@@ -37,9 +38,6 @@ OFF, FINE = 10.0, 5e-7
 """Units of rounding that θ of a direction with one number is off, and the share of the error that this may be."""
 
 EPS = float(np.finfo(np.float32).eps)
-# What Cholesky leaves of each column of length one: below the first one pass does not make them orthonormal, below the
-# second products with Dᵀ are not taken through them, and below the last directions would have to be dropped.
-_CLEAR, _APART, _DEPENDENT = 0.125, 0.03, 1e-4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,12 +67,6 @@ class Matrix:
         """Return Dᵀ·X."""
         return delta.times(self.rows, X) if self.turned else delta.across(self.rows, X)
 
-    def both(self, X: Array) -> tuple[Array, Array | None]:
-        """Return Y = D·X, and DᵀY where one pass over D gives both."""
-        if self.turned or self.rows.dtype != np.float32:
-            return self.times(X), None
-        return delta.both(self.rows, X)
-
 
 def is_exact(short: int, rank: int) -> bool:
     """Tell whether a matrix of this short side is solved through its whole Gram matrix for this rank."""
@@ -91,114 +83,98 @@ def block_of(rank: int, *, wide: bool) -> int:
 
 
 class Basis:
-    """V (n, k) orthonormal, Y = D·V and G = YᵀY in float64, one block of columns after the other."""
+    """V (n, k) orthonormal, Y = D·V and G = YᵀY in float64, one block of columns after the other.
 
-    def __init__(self, D: Matrix, block: int, most: int, seed: int) -> None:
-        m, n = D.shape
-        self.D = D
+    `products` counts columns that D was multiplied with, `estimate` is what is still to be won.
+    """
+
+    def __init__(self, D: Matrix, block: int, room: int, seed: int) -> None:
         self.block = block
-        self._V = np.empty((n, most), np.float32)
-        self._Y = np.empty((m, most), np.float32)
-        self.width = 0
-        self.G = np.empty((0, 0))
         self.products = block
         self.estimate = 0.0
-        self._seed = seed
-        self._back: Array | None = None
+        self._S = random_columns(D.shape[0], block, seed)
+        self._steps = Steps(D.rows, D.turned, block, room)
         self._eigen: tuple[int, Array, Array] | None = None
+
+    @property
+    def width(self) -> int:
+        """Return k."""
+        return self._steps.width
 
     @property
     def V(self) -> Array:
         """Return the columns so far."""
-        return self._V[:, : self.width]
+        return self._steps.V
 
     @property
     def Y(self) -> Array:
         """Return their products with D."""
-        return self._Y[:, : self.width]
+        return self._steps.Y
+
+    @property
+    def G(self) -> Array:
+        """Return YᵀY."""
+        return self._steps.G
 
     @classmethod
     def grown(
         cls, D: Matrix, rank: int, norm2: float, tolerance: float, seed: int, *, rough: bool = False
     ) -> Basis | None:
         """Return a basis of the leading directions, by the rule of `krylov.iterate`; None for what is unusual."""
-        (m, n), block = D.shape, block_of(rank, wide=rough)
+        n, block = D.shape[1], block_of(rank, wide=rough)
         most = min(rank + 2 * max(EXTRA_BLOCKS * block, EXTRA), n // 2)  # it does not restart
-        basis = cls(D, block, most, seed)
-        new = _orthonormal(D.across(random_columns(m, block, seed)))
+        basis = cls(D, block, min(rank + EXTRA_BLOCKS * block, most), seed)
         last: tuple[Array, float | None] | None = None  # the values wanted, gain
         left = norm2
         onward = True
-        while new is not None and basis.width + block <= most:
-            basis.append(new, onward=onward)
-            if basis.width >= rank + block:
-                # Where this may be the last step the vectors are asked for next.
-                theta = np.linalg.eigvalsh(basis.G)[::-1] if onward else basis.leading()[0]
-                if theta[-1] <= (COARSE * norm2 / n if rough else (4 * EPS) ** 2 * theta[0]):
-                    return None
-                captured = float(theta[:rank].sum())
-                left, gain = norm2 - captured, None
-                if left < LEFT * norm2 or _repeated(theta[:rank], block):
-                    return None
-                if last is not None:
-                    gain = max(captured - float(last[0].sum()), 0.0)
-                    crowded = is_crowded(theta, rank, block)
-                    basis.estimate = to_come(gain, last[1], crowded=crowded)
-                    if CAUTION * basis.estimate <= tolerance * left:
-                        missed = hidden(theta[:rank], last[0], basis.seen(rank), crowded=crowded)
-                        basis.estimate = max(basis.estimate, missed)
-                        if CAUTION * missed <= tolerance * left:
-                            return basis
-                last = theta[:rank], gain
-                onward = gain is None or gain > FAR * tolerance * left
-            new = basis.news()
+        while basis.width + block <= most and basis.step(onward=onward):
+            if basis.width < rank + block:
+                continue
+            # Where this may be the last step the vectors are asked for next.
+            theta = basis.leading(0 if onward else rank)[0]
+            if theta[-1] <= (COARSE * norm2 / n if rough else (4 * EPS) ** 2 * theta[0]):
+                return None
+            captured = float(theta[:rank].sum())
+            left, gain = norm2 - captured, None
+            if left < LEFT * norm2 or _repeated(theta[:rank], block):
+                return None
+            if last is not None:
+                gain = max(captured - float(last[0].sum()), 0.0)
+                crowded = is_crowded(theta, rank, block)
+                basis.estimate = to_come(gain, last[1], crowded=crowded)
+                if CAUTION * basis.estimate <= tolerance * left:
+                    missed = hidden(theta[:rank], last[0], basis.seen(rank), crowded=crowded)
+                    basis.estimate = max(basis.estimate, missed)
+                    if CAUTION * missed <= tolerance * left:
+                        return basis
+            last = theta[:rank], gain
+            onward = gain is None or gain > FAR * tolerance * left
         return None
 
-    def append(self, new: Array, *, onward: bool) -> None:
-        """Add orthonormal columns, orthogonal to V; `onward` forms what `news` needs in the same pass over D."""
-        Y, self._back = self.D.both(new) if onward else (self.D.times(new), None)
-        old, self.width = self.width, self.width + new.shape[1]
-        self._V[:, old : self.width], self._Y[:, old : self.width] = new, Y
-        self.products += new.shape[1]
-        edge = delta.gram(self.Y, Y)
-        G = np.empty((self.width, self.width))
-        G[:old, :old], G[:, old:], G[old:, :] = self.G, edge, edge.T
-        self.G = G
+    def step(self, *, onward: bool) -> bool:
+        """Add what Dᵀ·(last block of Y), or at first DᵀS, adds to V; return False where columns depend on others.
 
-    def news(self) -> Array | None:
-        """Return an orthonormal basis of what Dᵀ·(last block of Y) adds to V; None where columns depend on others."""
-        last = self.G[-self.block :, -self.block :]
-        change, apart = _change(last)
-        self.products += self.block
-        if change is None:
-            return None
-        if self._back is not None and apart > _APART:
-            W = delta.times(self._back, change)
-        else:
-            Q = delta.times(self._Y[:, self.width - self.block : self.width], change)
-            if apart <= _CLEAR:
-                again = _orthonormal(Q)
-                if again is None:
-                    return None
-                Q = again
-            W = self.D.across(Q)
-        return _orthonormal(W, self.V)
+        `onward` forms what the next step needs in the same pass over D.
+        """
+        first = not self.width
+        self.products += self.block if first else 2 * self.block
+        return self._steps.step(self._S if first else None, onward=onward)
 
-    def leading(self) -> tuple[Array, Array]:
-        """Return θ and X, the eigenvalues and eigenvectors of G, the largest first."""
-        if self._eigen is None or self._eigen[0] != self.width:
-            self._eigen = self.width, *descending(self.G)
-        return self._eigen[1:]
+    def leading(self, count: int) -> tuple[Array, Array]:
+        """Return all eigenvalues of G, the largest first, and the eigenvectors X (k, `count`) of the largest."""
+        if self._eigen is None or self._eigen[0] != self.width or self._eigen[2].shape[1] < count:
+            self._eigen = self.width, *eigen.leading(self.G, count)
+        return self._eigen[1], self._eigen[2][:, :count]
 
     def seen(self, rank: int) -> Array:
         """Return Sᵀ·D·v for the columns of the sketch S and the leading directions v, (block, r): see `hidden`."""
-        first = delta.gram(self._Y[:, : self.block], random_columns(len(self._Y), self.block, self._seed))
-        seen: Array = first.T @ self.leading()[1][: self.block, :rank]  # later columns of V are orthogonal to Dᵀ·S
+        first = delta.gram(self.Y[:, : self.block], self._S)
+        seen: Array = first.T @ self.leading(rank)[1][: self.block]  # later columns of V are orthogonal to Dᵀ·S
         return seen
 
     def directions(self, rank: int) -> Array:
         """Return the leading directions (n, r), orthonormal."""
-        return delta.times(self.V, self.leading()[1][:, :rank].astype(np.float32))
+        return delta.times(self.V, self.leading(rank)[1].astype(np.float32))
 
     def beyond(self, rank: int, lost2: float) -> float:
         """Return what a basis of products in bfloat16 proves of D beyond `rank` directions (`energy_beyond`)."""
@@ -206,56 +182,8 @@ class Basis:
         upper = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) & np.uint32(0xFFFF0000)
         multiplied = upper.view(np.float32)
         largest = float(np.abs(delta.gram(multiplied, multiplied)).sum(1).max())  # ≥ λ₁, by Gershgorin
-        tail = float(np.maximum(np.linalg.eigvalsh(self.G)[: self.width - rank], 0).sum())
+        tail = float(np.maximum(self.leading(0)[0][rank:], 0).sum())
         return (1 - SUMS) * max(math.sqrt(tail / largest) - math.sqrt(lost2), 0.0) ** 2
-
-
-def _orthonormal(W: Array, V: Array | None = None) -> Array | None:
-    """Return an orthonormal basis of the columns of W (n, b), less what they have of V; None where they depend on it.
-
-    Block Gram-Schmidt, done twice, the second time with sums in float64, then Cholesky's factor of WᵀW; and all of that
-    once more where columns depended on each other so much that it brought V back.
-    """
-    for turn in range(3):
-        parts: list[Array] = []
-        for _ in range(0 if V is None else 2):
-            assert V is not None
-            parts.append(delta.gram(V, W) if parts else delta.across(V, W))
-            W = W - delta.times(V, parts[-1].astype(np.float32, copy=False))
-        G = delta.gram(W, W)
-        if parts and turn == 0 and (G.diagonal() <= (16 * EPS) ** 2 * np.square(parts[0]).sum(0)).any():
-            return None
-        change, apart = _change(G)
-        if change is None:
-            return None
-        W = delta.times(W, change)
-        if apart > _CLEAR:
-            return W
-    return None
-
-
-def _change(G: Array) -> tuple[Array | None, float]:
-    """Return R that makes columns orthonormal whose Gram matrix is G, float32, and what Cholesky left of a column.
-
-    None where they depend on each other.
-    """
-    lengths = np.sqrt(np.maximum(G.diagonal(), 0))
-    if not (lengths > 0).all():
-        return None, 0.0
-    try:
-        L = np.linalg.cholesky(G / lengths / lengths[:, None])
-    except np.linalg.LinAlgError:
-        return None, 0.0
-    apart = float(L.diagonal().min())
-    if apart <= _DEPENDENT:
-        return None, apart
-    return np.linalg.solve(L, np.diag(1 / lengths)).T.astype(np.float32), apart
-
-
-def descending(G: Array) -> tuple[Array, Array]:
-    """Return the eigenvalues and eigenvectors of a Gram matrix, the largest first."""
-    theta, X = np.linalg.eigh(G)
-    return theta[::-1], X[:, ::-1]
 
 
 def _repeated(theta: Array, fresh: int) -> bool:

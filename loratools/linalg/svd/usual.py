@@ -9,14 +9,15 @@ values, columns that depend on each other, a spectrum that does not end within a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from loratools.linalg.native import delta
-from loratools.linalg.svd.basis import EPS, FINE, LEFT, MODERATE, OFF, Basis, Matrix, descending, is_exact
+from loratools.linalg.native import blocks, delta, eigen
+from loratools.linalg.svd.basis import EPS, FINE, LEFT, MODERATE, OFF, Basis, Matrix, is_exact
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -61,7 +62,7 @@ def leading(
     """
     m, n = D.shape
     short = min(m, n)
-    if not delta.available() or norm2 <= 0 or rank >= short or abs(math.frexp(math.sqrt(norm2))[1]) > MODERATE:
+    if not blocks.available() or norm2 <= 0 or rank >= short or abs(math.frexp(math.sqrt(norm2))[1]) > MODERATE:
         return None
     tall = Matrix.of(D if m >= n else D.T)
     if is_exact(short, rank):
@@ -77,8 +78,8 @@ def leading(
 def _exact(D: Matrix, rank: int, norm2: float) -> Leading | None:
     """Return the rank-r part through DᵀD, in float64."""
     rows = np.ascontiguousarray(D.rows.T) if D.turned else D.rows
-    theta, X = descending(delta.gram(rows, rows))
-    return _part(D, D.times, np.eye(len(theta), dtype=np.float32), theta, X, rank, norm2, 0.0, 0.0, len(theta))
+    theta, X = eigen.leading(delta.gram(rows, rows), rank)
+    return _part(D, D.times, None, theta, X, rank, norm2, 0.0, 0.0, D.shape[1])
 
 
 def _iterated(
@@ -87,28 +88,27 @@ def _iterated(
     if low is not None and (basis := Basis.grown(low, rank, norm2, tolerance, seed, rough=True)):
         V = basis.directions(rank)
         Y = D.times(V)
-        theta, X = descending(delta.gram(Y, Y))
-        error2 = norm2 - float(theta.sum())
-        unseen = max(error2 - basis.beyond(rank, lost2), 0.0)
-        products = basis.products + rank
+        theta, X = eigen.leading(delta.gram(Y, Y), rank)
+        unseen = max(norm2 - float(theta.sum()) - basis.beyond(rank, lost2), 0.0)
         onto = partial(delta.times, Y)
-        made = _part(D, onto, V, theta, X, rank, norm2, unseen, basis.estimate, products, True)
+        made = _part(D, onto, V, theta, X, rank, norm2, unseen, basis.estimate, basis.products + rank, True)
         if made:
             return made
     basis = Basis.grown(D, rank, norm2, tolerance, seed)
     if basis is None:
         return None
-    theta, X = basis.leading()
-    unseen = max(norm2 - float(theta.sum()), 0.0)
-    onto = partial(delta.times, basis.Y)
-    return _part(D, onto, basis.V, theta, X, rank, norm2, unseen, basis.estimate, basis.products)
+    unseen = max(norm2 - float(basis.G.trace()), 0.0)
+    Z = basis.leading(rank)[1].astype(np.float32)
+    Y, V = delta.times(basis.Y, Z), delta.times(basis.V, Z)
+    theta, X = eigen.leading(delta.gram(Y, Y), rank)  # what G has as zeros is in them
+    return _part(D, partial(delta.times, Y), V, theta, X, rank, norm2, unseen, basis.estimate, basis.products)
 
 
 def _part(
-    D: Matrix, onto: Any, V: Array, theta: Array, X: Array, rank: int, norm2: float, unseen: float, estimate: float,
-    products: int, rounded: bool = False,
+    D: Matrix, onto: Callable[[Array], Array], V: Array | None, theta: Array, X: Array, rank: int, norm2: float,
+    unseen: float, estimate: float, products: int, rounded: bool = False,
 ) -> Leading | None:  # fmt: skip
-    """Return the factors Y·X and V·X of the leading eigenvectors X of YᵀY, each with √σ; `onto` gives Y·Z.
+    """Return the factors Y·X and V·X of the leading eigenvectors X of YᵀY, each with √σ; `onto` gives Y·Z, no V is I.
 
     None where little of D is left, or a singular value is that of rounding.
     """
@@ -116,30 +116,36 @@ def _part(
     error2 = norm2 - float(theta.sum())
     if error2 < LEFT * norm2 or not theta[-1] > (4 * EPS) ** 2 * theta[0]:
         return None
-    S, X = np.sqrt(theta), X[:, :rank]
-    B, A = onto((X / np.sqrt(S)).astype(np.float32)), delta.times(V, (X * np.sqrt(S)).astype(np.float32)).T
-    off2 = _miscounted(D, B, A, theta, error2)
+    S = np.sqrt(theta)
+    left, right = (X / np.sqrt(S)).astype(np.float32), (X * np.sqrt(S)).astype(np.float32)
+    B, A = onto(left), (right if V is None else delta.times(V, right)).T
+    off2 = _miscounted(D, B, A, S, error2)
     error2 += off2
     bound = min(max(unseen + off2, 0.0) + EPS**2 * norm2, error2)
     return Leading(B, A, S, norm2, error2, bound, min(estimate, error2), products, rounded)
 
 
-def _miscounted(D: Matrix, B: Array, A: Array, theta: Array, error2: float) -> float:
-    """Return what rounding in the products left out of ‖D − B·A‖² = `error2`, where that may be more than `FINE` of it.
+def _miscounted(D: Matrix, B: Array, A: Array, S: Array, error2: float) -> float:
+    """Return what rounding left out of ‖D − B·A‖² = `error2`, where that may be more than `FINE` of it.
 
     Roundings of many numbers of one size cancel, those of one do not: of a direction u·vᵀ they leave √Σuᵢ⁴ + √Σvⱼ⁴.
-    For the directions B·A of which that matters it is ‖D‖² − 2⟨D, B·A⟩ + tr(BᵀB·AAᵀ), in float64, less ‖D‖² − Σθ.
+    For the directions B·A of which that matters it is ‖D‖² − 2⟨D, B·A⟩ + tr(BᵀB·AAᵀ), in float64, less ‖D‖² − Σσ².
+    Of the others it is what the length of v is not one, for all of its numbers alike.
     """
+    theta = np.square(S)
     some = int((2 * OFF * EPS * theta > FINE * error2).sum())  # θ is descending
     if not some:
         return 0.0
-    B, right = B[:, :some], A[:some].T
-    narrow = sum(np.sqrt((X**4).sum(0)) / (X * X).sum(0) for X in (B, right))
-    chosen = OFF * EPS * theta[:some] * narrow > FINE * error2
+    B, right, theta = B[:, :some], A[:some].T, theta[:some]
+    squares = B * B, right * right
+    narrow = sum(np.sqrt((X * X).sum(0)) / X.sum(0) for X in squares)
+    chosen = OFF * EPS * theta * narrow > FINE * error2
+    lengths2 = squares[1].sum(0, dtype=np.float64) / S[:some]
+    off2 = float((theta * (lengths2 - 1))[~chosen].sum())
     if not chosen.any():
-        return 0.0
+        return off2
     B, right = np.ascontiguousarray(B[:, chosen]), np.ascontiguousarray(right[:, chosen])
     first, last = (right, B) if D.turned else (B, right)
     inner = float((delta.gram(D.rows, first) * last).sum())
     square = float((delta.gram(B, B) * delta.gram(right, right)).sum())
-    return square - 2 * inner + float(theta[:some][chosen].sum())
+    return off2 + square - 2 * inner + float(theta[chosen].sum())

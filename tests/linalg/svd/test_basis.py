@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from loratools.linalg.native import delta
 from loratools.linalg.svd import basis
@@ -23,7 +22,8 @@ def test_a_basis_is_orthonormal_and_its_products_are_those_of_d() -> None:
     V, Y = grown.V.astype(float), grown.Y.astype(float)
     assert np.abs(V.T @ V - np.eye(grown.width)).max() < 2e-6
     assert np.abs(D.astype(float) @ V - Y).max() < 2e-6 * np.abs(Y).max()
-    assert np.abs(Y.T @ Y - grown.G).max() < 1e-12 * grown.G.max()
+    assert np.abs(Y.T @ Y - grown.G).max() < 1e-6 * grown.G.max()
+    assert grown.G.trace() == pytest.approx(np.square(Y).sum(), rel=1e-12)
 
 
 @pytest.mark.parametrize("rows", [True, False])
@@ -36,19 +36,6 @@ def test_a_matrix_is_taken_by_its_rows_or_columns(rows: bool) -> None:
     assert matrix.times(X) == pytest.approx(D.astype(float) @ X, abs=1e-6)
     assert matrix.across(Z) == pytest.approx(D.T.astype(float) @ Z, abs=1e-6)
     assert Matrix.of(D[:, ::2]) is None
-
-
-def test_dependent_columns_are_not_made_orthonormal() -> None:
-    W = torch.randn(400, 8, generator=torch.Generator().manual_seed(0)).numpy()
-    V = basis._orthonormal(W)
-    assert V is not None
-    assert np.abs(V.T.astype(float) @ V - np.eye(8)).max() < 1e-6
-    assert basis._orthonormal(np.concatenate([W, W[:, :1] + W[:, 1:2]], 1)) is None
-    assert basis._orthonormal(V[:, :3] * np.float32(2), V) is None
-    near = W + np.float32(1e3) * V[:, :1]
-    news = basis._orthonormal(np.ascontiguousarray(near[:, 1:5]), V[:, :1])
-    assert news is not None
-    assert np.abs(V[:, :1].T.astype(float) @ news).max() < 1e-6
 
 
 @pytest.mark.parametrize(
