@@ -38,7 +38,7 @@ def _library() -> tuple[Any, int]:
 
 def available() -> bool:
     """Tell whether the C code was compiled at installation, and serves this processor."""
-    return _library()[1] > 0
+    return delta.available() and _library()[1] > 0
 
 
 class Steps:
