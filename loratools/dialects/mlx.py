@@ -39,7 +39,6 @@ from loratools.dialects._frame.metadata import carried, settings_with
 from loratools.dialects._frame.numbers import is_number, most_common
 from loratools.dialects.peft.fields import unknown
 from loratools.errors import BadFile, UnsupportedAdapter, counted
-from loratools.storage import save
 from loratools.storage.lazy import LazyTensor
 
 SUMMARY = "MLX-LM: adapters.safetensors (lora_a, lora_b) beside an adapter_config.json with lora_parameters"
@@ -161,6 +160,8 @@ def write(adapter: Adapter, target: Path, *, force: bool = False) -> Adapter:
     tensors = {f"{module}.{part}": lazy for module, parts in groups.items() for part, lazy in parts.items()}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     metadata = {**carried(adapter, tensors, "format"), "format": "mlx"}
+    from loratools.storage import save
+
     save.save(target, _FILE, tensors, metadata, force=force, beside={_CONFIG: text})
     return adapter
 

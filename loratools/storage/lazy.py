@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratools.errors import LoraToolsError
-from loratools.storage import dtypes, files
+from loratools.storage import dtypes
 from loratools.storage.header import TensorSpec
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class LazyTensor:
     @classmethod
     def stored(cls, spec: TensorSpec) -> LazyTensor:
         """Stand for a tensor in a file."""
-        return cls(spec.dtype, spec.shape, lambda: files.read_tensor(spec), spec, spec.file)
+        return cls(spec.dtype, spec.shape, lambda: _read(spec), spec, spec.file)
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> LazyTensor:
@@ -91,6 +91,8 @@ class LazyTensor:
         Raises `LoraToolsError`, which calls the tensor by its `name`, where `load` gives another dtype or shape.
         """
         if self.spec:
+            from loratools.storage import files
+
             yield from files.chunks(self.spec)
             return
         if self.held is not None:
@@ -115,6 +117,12 @@ class LazyTensor:
         return prod(self.shape) * dtypes.BITS[self.dtype] // 8
 
 
+def _read(spec: TensorSpec) -> torch.Tensor:
+    from loratools.storage import files  # headers are read without what reads data
+
+    return files.read_tensor(spec)
+
+
 def _held(dtype: str, shape: tuple[int, ...], raw: bytes) -> LazyTensor:
     return LazyTensor.holding(dtype, shape, memoryview(raw))
 
@@ -126,6 +134,8 @@ def chunks_of_all(tensors: Mapping[str, LazyTensor]) -> Iterator[tuple[str, Iter
     """
     for stored, run in groupby(tensors.items(), key=lambda item: item[1].spec is not None):
         if stored:
+            from loratools.storage import files
+
             yield from files.chunks_of_all({name: tensor.spec for name, tensor in run if tensor.spec})
         else:
             yield from ((name, tensor.chunks(name)) for name, tensor in run)

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from loratools.dialects._frame.places import ALSO
-
 MOST_TAGS = 20
 """So many of the most frequent tags are listed."""
 
@@ -64,6 +62,8 @@ def facts_of(entries: Mapping[str, str], base: str | None = None, card: str | No
     """
     if card is None and entries.keys() <= _SILENT:
         return Facts(base=base)
+    from loratools.dialects._frame.places import ALSO  # most entries say nothing of it
+
     counts = _frequencies(entries)
     run, config = _object(entries, "training_info"), _object(entries, "ot_config")
     software = _object(entries, "software")
@@ -117,6 +117,8 @@ def _first(entries: Mapping[str, str], *names: str) -> str | None:
 
 def _trigger(entries: Mapping[str, str], counts: Mapping[str, Mapping[str, int]]) -> tuple[str, ...]:
     """Return the words that are stated; or the one that ai-toolkit writes as the only tag of a folder of its name."""
+    from loratools.dialects._frame.places import ALSO
+
     if stated := _first(entries, *ALSO["trigger"]):
         return words(stated)
     alone = [(folder, *tags) for folder, tags in counts.items() if len(tags) == 1]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from loratools.decisions import warned
 from loratools.errors import BadFile
-from loratools.storage import files
 from loratools.storage.lazy import LazyTensor
 
 LARGEST = 1e300
@@ -22,6 +21,8 @@ def read_number(lazy: LazyTensor, name: str) -> float:
     """Return the one number that a stored tensor holds, without torch; raise `BadFile` where it is none."""
     if lazy.spec is None or lazy.parameters != 1 or lazy.dtype not in _CODES:
         raise BadFile(f"{name}: expected one number, found {lazy.dtype} of shape {lazy.shape}")
+    from loratools.storage import files
+
     raw = bytes(files.read_bytes(lazy.spec))
     padding = b"\0\0" if lazy.dtype == "BF16" else b""  # the upper half of a float32
     value = float(struct.unpack(_CODES[lazy.dtype], padding + raw)[0])
@@ -35,6 +36,8 @@ def read_whole_numbers(lazy: LazyTensor, name: str, most: int = 8) -> tuple[int,
     if lazy.spec is None or not 0 < lazy.parameters <= most or lazy.dtype not in ("I64", "I32"):
         raise BadFile(f"{name}: expected at most {most} whole numbers, found {lazy.dtype} of shape {lazy.shape}")
     code = _CODES[lazy.dtype][1] * lazy.parameters
+    from loratools.storage import files
+
     return struct.unpack(f"<{code}", bytes(files.read_bytes(lazy.spec)))
 
 

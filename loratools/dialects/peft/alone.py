@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from loratools.adapter.model import Adapter
-from loratools.dialects._frame import alphas
 from loratools.dialects._frame.build import Draft, check_faults
 from loratools.dialects._frame.listing import Listing
 from loratools.dialects.peft.names import group, unwrap
@@ -26,8 +25,11 @@ def is_part(name: str) -> bool:
 def stated_config(header: Mapping[str, str]) -> dict[str, Any] | None:
     """Return PEFT's config where an entry of a header holds it as JSON, with `peft_type`; None where none does."""
     for text in header.values():
-        if "peft_type" in text and (config := alphas.json_object(text)) and "peft_type" in config:
-            return config
+        if "peft_type" in text:
+            from loratools.dialects._frame.alphas import json_object
+
+            if (config := json_object(text)) and "peft_type" in config:
+                return config
     return None
 
 
@@ -39,6 +41,8 @@ def read(listing: Listing, tensors: Mapping[str, LazyTensor], header: Mapping[st
     groups = group({_prefixed(name): lazy for name, lazy in tensors.items()}, biases=False)
     check_faults(listing.path, groups.faults)
     draft = Draft(listing.path, groups.modules, alpha=listing.alpha)
+    from loratools.dialects._frame import alphas
+
     alphas.fill(draft, header)
     return Adapter(draft.build(), groups.whole, dialect="peft", copies=groups.copies)
 

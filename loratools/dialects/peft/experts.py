@@ -9,7 +9,6 @@ from typing import Any
 
 from loratools.adapter.kinds import Update
 from loratools.adapter.naming.compact import suffixes
-from loratools.adapter.naming.stacked import in_order
 from loratools.adapter.parts import A, B
 from loratools.dialects.peft.config import PeftConfig
 from loratools.dialects.peft.fields import GROUPED
@@ -100,6 +99,8 @@ def layouts(
         must = parameters - config.targets.pathless
         possible = [order for order in permutations(sorted(parameters), len(modules)) if must <= set(order)]
         orders = [order for order in possible if _divides(rows, [ranks[name] for name in order])]
+        from loratools.adapter.naming.stacked import in_order
+
         known = [order for order in possible if in_order(order) == list(order)]
         likely = next((order for order in (*known, *orders) if len(orders) != 1 or order in orders), possible[0])
         for module, count, parameter in zip(modules, rows, likely, strict=True):
