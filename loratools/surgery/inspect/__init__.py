@@ -76,7 +76,7 @@ class Group(NamedTuple):
     targets: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class AdapterSummary:
     """What an adapter is; `digest` is the one its file states, and `dtypes` counts its own tensors by dtype.
 
