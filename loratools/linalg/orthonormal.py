@@ -16,6 +16,9 @@ from loratools.linalg import products
 # Columns are dependent when float64 Cholesky leaves less than this of a unit column; then directions are dropped.
 _DEPENDENT = 1e-4
 _APART = 0.03
+# Below this one pass is not enough, and after a second of float64 it is looked at whether it was.
+_CLEAR = 0.01
+_PASSES = 3
 # Elements widened to float64 at a time: bounds the extra memory, and keeps it in the cache.
 _CHUNK = 1 << 20
 # Columns up to which C forms a Gram matrix faster than torch.
@@ -73,19 +76,22 @@ def orthonormal_columns(Y: Tensor) -> Tensor:
     """
     floor = 8 * torch.finfo(Y.dtype).eps
     Q: Tensor = _unit_columns(Y.double())
-    deflated = False
-    for repeat in (False, True):
-        # One pass leaves QᵀQ - I near 1e-8 at worst, enough for float32; float64 and deflated bases take a second.
-        if Q.shape[1] == 0 or (repeat and not deflated and Y.dtype != torch.float64):
+    again = Y.dtype == torch.float64  # one pass leaves QᵀQ - I near 1e-11 where columns hardly depend on each other
+    for number in range(_PASSES):
+        if Q.shape[1] == 0 or (number and not again):
             break
         G = gram(Q, Q)
+        if number > 1 and float((G - torch.eye(len(G), dtype=G.dtype)).abs().max()) < floor / 2:
+            break
         L, info = torch.linalg.cholesky_ex(G)
-        if int(info) == 0 and float(L.diagonal().min()) > _DEPENDENT:
+        apart = 0.0 if int(info) else float(L.diagonal().min())
+        again = again or apart <= _CLEAR
+        if apart > _DEPENDENT:
             change = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype), upper=False).T
         else:
             values, vectors = torch.linalg.eigh(G)
             kept = values > max(floor * floor, 1e-15)
-            change, deflated = vectors[:, kept] / values[kept].sqrt(), True
+            change = vectors[:, kept] / values[kept].sqrt()
         Q = torch.mm(Q, change.to(Q.device))
     return Q.to(Y.dtype)
 

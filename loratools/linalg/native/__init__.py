@@ -16,8 +16,7 @@ several times slower: only the last float32 bit of a sum may differ then.
     steps      what of a merged model it takes back: products on rectangles
     delta      `delta.c` and `delta.h`: ΔW with its norms, and products of a large matrix with few columns
     blocks     `blocks.h`: a step of a block Krylov iteration, made of these products in delta.c
-    eigen      `eigen.c`: the eigenvalues of a small symmetric matrix, and its leading eigenvectors
-    loaded     loads libraries whose functions take a structure and a width of vectors: delta, eigen and residual
+    loaded     loads libraries whose functions take a structure and a width of vectors: delta and residual
     thin       `thin.c` and `thin.h`: factors beside a linear layer of a running model, and their gradients
     build      compiles them when the package is installed
 """

@@ -18,7 +18,6 @@ LOSS = {
     "proof": "merges will be verified in NumPy alone, slower",
     "residual": "residuals will be kept and read in NumPy alone, slower",
     "delta": "changes will be extracted in torch alone, slower",
-    "eigen": "small eigenvalue problems are left to LAPACK, slower",
     "thin": "adapters in a running model train in torch alone",
 }
 

@@ -1,4 +1,4 @@
-"""Compiled libraries whose functions take a structure and a width of vectors: of delta.c, eigen.c and residual.c."""
+"""Compiled libraries whose functions take a structure and a width of vectors: those of delta.c and residual.c."""
 
 from __future__ import annotations
 

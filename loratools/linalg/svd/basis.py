@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from loratools.linalg.native import delta, eigen
+from loratools.linalg.native import delta
 from loratools.linalg.native.blocks import Steps
 from loratools.linalg.svd.start import random_columns
 from loratools.linalg.svd.stopping import CAUTION, hidden, is_crowded, to_come
@@ -163,7 +163,7 @@ class Basis:
     def leading(self, count: int) -> tuple[Array, Array]:
         """Return all eigenvalues of G, the largest first, and the eigenvectors X (k, `count`) of the largest."""
         if self._eigen is None or self._eigen[0] != self.width or self._eigen[2].shape[1] < count:
-            self._eigen = self.width, *eigen.leading(self.G, count)
+            self._eigen = self.width, *eigenvectors(self.G, count)
         return self._eigen[1], self._eigen[2][:, :count]
 
     def seen(self, rank: int) -> Array:
@@ -190,3 +190,11 @@ def _repeated(theta: Array, fresh: int) -> bool:
     """Tell whether a value comes as often as there were random columns, so that there may be more of it."""
     copies = theta[fresh - 1 :]
     return bool(((theta[: len(copies)] <= ALIKE * copies) & (copies > 1.001 * theta[-1])).any())
+
+
+def eigenvectors(G: Array, count: int) -> tuple[Array, Array]:
+    """Return all eigenvalues of a symmetric G (k, k), the largest first, and vectors (k, `count`) of the largest."""
+    if not count:
+        return np.linalg.eigvalsh(G)[::-1], np.empty((len(G), 0))
+    theta, X = np.linalg.eigh(G)
+    return theta[::-1], X[:, : -count - 1 : -1]

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from loratools.linalg.native import blocks, delta, eigen
-from loratools.linalg.svd.basis import EPS, FINE, LEFT, MODERATE, OFF, Basis, Matrix, is_exact
+from loratools.linalg.native import blocks, delta
+from loratools.linalg.svd.basis import EPS, FINE, LEFT, MODERATE, OFF, Basis, Matrix, eigenvectors, is_exact
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -78,7 +78,7 @@ def leading(
 def _exact(D: Matrix, rank: int, norm2: float) -> Leading | None:
     """Return the rank-r part through DᵀD, in float64."""
     rows = np.ascontiguousarray(D.rows.T) if D.turned else D.rows
-    theta, X = eigen.leading(delta.gram(rows, rows), rank)
+    theta, X = eigenvectors(delta.gram(rows, rows), rank)
     return _part(D, D.times, None, theta, X, rank, norm2, 0.0, 0.0, D.shape[1])
 
 
@@ -88,7 +88,7 @@ def _iterated(
     if low is not None and (basis := Basis.grown(low, rank, norm2, tolerance, seed, rough=True)):
         V = basis.directions(rank)
         Y = D.times(V)
-        theta, X = eigen.leading(delta.gram(Y, Y), rank)
+        theta, X = eigenvectors(delta.gram(Y, Y), rank)
         unseen = max(norm2 - float(theta.sum()) - basis.beyond(rank, lost2), 0.0)
         onto = partial(delta.times, Y)
         made = _part(D, onto, V, theta, X, rank, norm2, unseen, basis.estimate, basis.products + rank, True)
@@ -100,7 +100,7 @@ def _iterated(
     unseen = max(norm2 - float(basis.G.trace()), 0.0)
     Z = basis.leading(rank)[1].astype(np.float32)
     Y, V = delta.times(basis.Y, Z), delta.times(basis.V, Z)
-    theta, X = eigen.leading(delta.gram(Y, Y), rank)  # what G has as zeros is in them
+    theta, X = eigenvectors(delta.gram(Y, Y), rank)  # what G has as zeros is in them
     return _part(D, partial(delta.times, Y), V, theta, X, rank, norm2, unseen, basis.estimate, basis.products)
 
 
