@@ -1,6 +1,6 @@
 """A block Krylov basis of a float32 matrix in the processor's memory, in C and NumPy alone.
 
-The steps of `krylov.py` for a rank that is given. All sums are the C's.
+The steps of `krylov.py` for a rank that is given. Sums are the C's, and LAPACK sees small matrices of float64 only.
 """
 
 from __future__ import annotations
