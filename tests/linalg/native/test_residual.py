@@ -369,6 +369,40 @@ def test_what_cannot_be_fixed_in_c_is_left_as_it_is(factor: Array) -> None:
     np.testing.assert_array_equal(factor, before)
 
 
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(5, 70, 3), (1, 32, 16), (40, 1, 1), (3, 33, 0)])
+@pytest.mark.parametrize("held", [True, False])
+def test_factors_are_laid_out_with_bounds_of_what_float32_loses(rows: int, columns: int, rank: int, held: bool) -> None:
+    """No sum in float32, in the order of the rank, is farther off than the bound of its row and panel."""
+    random = np.random.default_rng(rank)
+    left, right = random.standard_normal((rows, rank)), random.standard_normal((rank, columns))
+    if held:
+        left, right = (np.rint(factor * 2**20) / 2**20 for factor in (left, right))
+    made = steps.product((0, rows, 1), (0, columns), left, right)
+    _, panels, near_left, near_panels, row_error, panel_error, *_ = made.arrays
+    assert made.call.held == (held or rank == 0)
+    assert panels is not None
+    assert near_left is not None
+    assert near_panels is not None
+    assert row_error is not None
+    assert panel_error is not None
+    count = -(-columns // steps.LANES)
+    padded = np.zeros((rank, count * steps.LANES))
+    padded[:, :columns] = right
+    np.testing.assert_array_equal(panels, padded.reshape(rank, count, steps.LANES).transpose(1, 0, 2))
+    np.testing.assert_array_equal(near_panels, panels.astype(np.float32))
+    np.testing.assert_array_equal(near_left, left.astype(np.float32))
+    sums = np.zeros((count, rows, steps.LANES), np.float32)
+    for k in range(rank):
+        sums += near_left[:, k, None] * near_panels[:, None, k]
+    assert (np.abs(sums - left @ panels) <= row_error[:, None] * panel_error[:, None, None]).all()
+    norms = np.linalg.norm(left, axis=1), np.sqrt(np.square(panels).sum(1)).max(1, initial=0)
+    roundings = rank + (2 if made.call.held else 4)
+    np.testing.assert_allclose(row_error, norms[0] * roundings * 2.0**-24 * 1.01, rtol=1e-6)
+    np.testing.assert_allclose(panel_error, norms[1] * 1.01, rtol=1e-6)
+    far = steps.product((0, rows, 1), (0, columns), left * 2.0**21, right)
+    assert (far.call.near_left is None) == (rank > 0 and float(np.abs(norms[0]).max()) * 2.0**21 >= 2.0**20)
+
+
 def test_arrays_that_do_not_go_together_are_refused() -> None:
     left, right = np.zeros((4, 3)), np.zeros((3, 32))
     whole: dict[str, Any] = {"rows": (0, 4, 1), "columns": (0, 32), "left": left, "right": right}
