@@ -68,7 +68,7 @@ def look_at(wheel: Path, *, compiled: bool) -> None:
         assert (metadata["Name"], metadata["Version"]) == ("loratools", __version__)
         assert metadata["License-Expression"] == "Apache-2.0"
         assert metadata.get_payload() == (REPOSITORY / "README.md").read_text(encoding="utf-8")
-        assert b"loratools = loratools.__main__:main" in archive.read(f"{info}/entry_points.txt")
+        assert b"loratools = loratools.__main__:process" in archive.read(f"{info}/entry_points.txt")
 
 
 def test_the_package_and_nothing_else_is_in_the_wheel(shipped: tuple[Path, Path]) -> None:

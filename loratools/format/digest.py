@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from loratools.adapter.model import Adapter
 from loratools.errors import BadFile
 from loratools.format import manifest
 from loratools.storage import digest
-from loratools.storage.lazy import chunks_of_all, in_order_of_files
-from loratools.storage.sources import remember, remembered
+from loratools.storage.lazy import LazyTensor, chunks_of_all, in_order_of_files
+from loratools.storage.sources import remember, remembered, stamps
 
 
 def adapter_digest(adapter: Adapter, algorithm: str = digest.DEFAULT) -> str:
@@ -19,10 +21,27 @@ def adapter_digest(adapter: Adapter, algorithm: str = digest.DEFAULT) -> str:
     key = "digest", id(adapter), algorithm
     if (known := remembered().get(key)) is None:
         tensors = in_order_of_files(manifest.tensors_of(adapter))
-        in_files = all(lazy.spec is not None and lazy.spec.encoding is None for lazy in tensors.values())
-        known = adapter, digest.root_of_all(tensors, chunks_of_all, algorithm, threads=None if in_files else 1)
+        known = adapter, _root(tensors, algorithm)
         remember(key, known)  # with the adapter, whose id is then nobody else's
     return str(known[1])
+
+
+def _root(tensors: Mapping[str, LazyTensor], algorithm: str) -> str:
+    """Return the root over tensors; of those that lie in the same files this task hashes them once."""
+    stored = {name: lazy.spec for name, lazy in tensors.items() if lazy.spec and lazy.spec.encoding is None}
+    if len(stored) < len(tensors):
+        return digest.root_of_all(tensors, chunks_of_all, algorithm, threads=1)
+    files = {spec.file for spec in stored.values()}
+    key = (
+        "root",
+        algorithm,
+        frozenset(stored.items()),
+        tuple(stamps(file.parent, [file.name]) for file in sorted(files)),
+    )
+    if (known := remembered().get(key)) is None:
+        known = digest.root_of_all(tensors, chunks_of_all, algorithm)
+        remember(key, known)
+    return str(known)
 
 
 def tensor_digests(adapter: Adapter, algorithm: str = digest.DEFAULT) -> dict[str, str]:

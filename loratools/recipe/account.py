@@ -13,8 +13,8 @@ record beside it, for reading all of it takes time.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextvars import copy_context
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,11 @@ from loratools.dialects import Listing, located
 from loratools.dialects._frame.listing import WEIGHTS
 from loratools.errors import BadFile, LoraToolsError, UnsupportedAdapter
 from loratools.format import record
-from loratools.parallel import workers
 from loratools.recipe import identity
 from loratools.storage.beside.making import ENTRY, FIELD, noted_root
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import read_header
-from loratools.storage.sources import local, origin
+from loratools.storage.sources import is_reference, local, origin
 
 if TYPE_CHECKING:
     from loratools.recipe.catalog import Role
@@ -36,41 +35,49 @@ MOST = 1_000_000
 """Characters of the account of an input that are taken along; of a longer one only the digest is."""
 
 
+Content = Callable[[Path], str]
+"""Returns the `identity.content_of` an adapter."""
+
+
 def describe(
     command: str, options: Mapping[str, Any], inputs: Mapping[str, Sequence[str] | str], roles: Mapping[str, Role],
-    suffix: str = "",
+    suffix: str = "", content: Content | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the account of a command that runs: `inputs` are the places of what it takes, by option.
 
     `options` are those whose result it depends on; `roles` says which inputs are models; `suffix` is the ending of an
-    output that is a file.
+    output that is a file. `content` is what `contents_of` gives, where that hashes the adapters already.
     """
     numbers = command != "merge" or "dtype" in options
     dialect = options.get("dialect")
+    listed = {name: [places] if isinstance(places, str) else places for name, places in inputs.items()}
+    adapters = [place for name, places in listed.items() for place in places if roles[name] == "adapter"]
     taken: dict[str, Any] = {}
-    for name, places in inputs.items():
-        listed = [places] if isinstance(places, str) else places
-        entries = [_entry(place, roles[name], dialect, numbers) for place in listed]
-        taken[name] = entries[0] if isinstance(places, str) else entries
+    with nullcontext(content) if content else contents_of(adapters) as content_of:
+        for name, places in listed.items():
+            entries = [_entry(place, roles[name], dialect, numbers, content_of) for place in places]
+            taken[name] = entries[0] if isinstance(inputs[name], str) else entries
     form = {"suffix": suffix} if suffix in WEIGHTS else {}
     return {"command": command, "tool": record.TOOL, "options": dict(options), "inputs": taken, **form}
 
 
-def _entry(place: str, role: Role, dialect: Any, numbers: bool) -> dict[str, Any]:
+def contents_of(adapters: Iterable[str]) -> AbstractContextManager[Content]:
+    """Hash adapters beside other work, for `describe`; a reference, which is fetched by who reads it, is none yet."""
+    return identity.contents_of({Path(place) for place in adapters if not is_reference(place)})
+
+
+def _entry(place: str, role: Role, dialect: Any, numbers: bool, content_of: Content) -> dict[str, Any]:
     """Return what an account says of one input; `numbers` has all of a model read for its digest."""
     path = local(place, "checkpoint" if role == "model" else "adapter")
     repository, commit = origin(path)
     entry: dict[str, Any] = {"hub": repository, "commit": commit} if commit else {}
-    with workers(1) as pool:  # both read all of an adapter
-        content = pool.submit(copy_context().run, identity.content_of, path, role)
-        if role == "adapter":
-            digest = identity.adapter_of(path, dialect)
-            entry["digest"] = digest or content.result()
-        elif numbers:
-            entry["digest"] = noted_root(path) or identity.tensors_of(path, "model")
-        else:
-            entry["schema"] = identity.schema_of(path)
-        entry["content"] = content.result()
+    if role == "adapter":
+        entry["digest"] = identity.adapter_of(path, dialect) or content_of(path)
+    elif numbers:
+        entry["digest"] = noted_root(path) or identity.tensors_of(path, "model")
+    else:
+        entry["schema"] = identity.schema_of(path)
+    entry["content"] = content_of(path) if role == "adapter" else identity.content_of(path, role)
     before = of(path, role)
     if before and len(json.dumps(before)) <= MOST:
         entry[FIELD] = before

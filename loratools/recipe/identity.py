@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import copy_context
+from functools import partial
 from pathlib import Path, PurePath
+from threading import Event
 from typing import TYPE_CHECKING
 
 from loratools import dialects
@@ -11,7 +15,7 @@ from loratools.decisions import warnings_to
 from loratools.errors import LoraToolsError
 from loratools.format.digest import adapter_digest
 from loratools.format.manifest import ORIGIN
-from loratools.parallel import cores, each
+from loratools.parallel import Progress, cores, each, no_progress, workers
 from loratools.storage import digest
 from loratools.storage.beside import along
 from loratools.storage.beside.links import walk
@@ -59,17 +63,18 @@ def schema_of(path: Path) -> str:
     return Checkpoint.open(path).schema()
 
 
-def content_of(path: Path, role: Role) -> str:
+def content_of(path: Path, role: Role, progress: Progress = no_progress) -> str:
     """Return the digest of all that a command reads of an input, but a model's numbers.
 
     That is an adapter's files of tensors, a model's headers, and what lies beside them; cards and pictures of an
-    adapter are read by nobody. Raises `BadFile` where there is nothing.
+    adapter are read by nobody. `progress` takes the bytes read since its last call. Raises `BadFile` where there is
+    nothing.
     """
     if role == "adapter":
         listing = dialects.located(dialects.Listing.of(path))
         names = [name for name in listing.weights if not along.is_of_training(name)]
         names += [name for name in listing.files if along.may_come(name) and not _shown(name)] * (not listing.single)
-        return _over({name if len(names) > 1 else "": listing.folder / name for name in names})
+        return _over({name if len(names) > 1 else "": listing.folder / name for name in names}, progress=progress)
     model = Checkpoint.open(path)
     beside: dict[str, Path] = {}
     if model.path.is_dir() or model.indexes:
@@ -82,6 +87,24 @@ def content_of(path: Path, role: Role) -> str:
         }
     headers = {f"header {i}": _begin(shard) for i, shard in enumerate(model.shards)}
     return _over(beside, headers)
+
+
+@contextmanager
+def contents_of(adapters: Iterable[Path]) -> Iterator[Callable[[Path], str]]:
+    """Hash adapters beside other work: give what waits for the `content_of` one of them; the block ends the work."""
+    stop = Event()
+
+    def go_on(count: int) -> None:
+        if stop.is_set():
+            raise InterruptedError
+
+    with workers(1) as pool:
+        work = {path: partial(copy_context().run, content_of, path, "adapter", go_on) for path in adapters}
+        contents = {path: pool.submit(hash_one) for path, hash_one in work.items()}
+        try:
+            yield lambda path: contents[path].result() if path in contents else content_of(path, "adapter")
+        finally:
+            stop.set()
 
 
 def _shown(name: str) -> bool:
@@ -108,10 +131,10 @@ def files_of(path: Path) -> str:
     raise absent(path)
 
 
-def _over(files: Mapping[str, Path], more: Mapping[str, str] | None = None) -> str:
+def _over(files: Mapping[str, Path], more: Mapping[str, str] | None = None, progress: Progress = no_progress) -> str:
     """Return the digest of files by name; that of one without a name is that of its bytes."""
     order = dict(sorted(files.items(), key=lambda item: (-item[1].stat().st_size, item[0])))
-    digests = each(lambda _, file: _of_file(file), order, cores()) | dict(more or {})
+    digests = each(lambda _, file: _of_file(file, progress), order, cores()) | dict(more or {})
     if digests.keys() == {""}:
         return digests[""]
     hasher = digest.new()
@@ -121,9 +144,11 @@ def _over(files: Mapping[str, Path], more: Mapping[str, str] | None = None) -> s
     return digest.finish(hasher)
 
 
-def _of_file(path: Path) -> str:
+def _of_file(path: Path, progress: Progress = no_progress) -> str:
     hasher = digest.new()
+    buffer = memoryview(bytearray(_CHUNK))
     with open_file(path) as file:
-        while chunk := file.read(_CHUNK):
-            hasher.update(chunk)
+        while count := file.readinto(buffer):  # type: ignore[attr-defined]
+            hasher.update(buffer[:count])
+            progress(count)
     return digest.finish(hasher)

@@ -158,7 +158,7 @@ def copy_companions(beside: Companions, folder: Path, texts: Mapping[str, str | 
 
     A name that is in `texts` alone is written too.
     """
-    from shutil import copyfile  # what only reads copies nothing
+    from loratools.storage import files  # what only reads copies nothing
 
     written = {**beside.texts, **texts}
     for name in dict.fromkeys([*beside.sources, *written]):
@@ -168,7 +168,7 @@ def copy_companions(beside: Companions, folder: Path, texts: Mapping[str, str | 
             target.write_text(text, encoding="utf-8", newline="\n")
         elif name not in written:
             see(beside.sources[name])
-            copyfile(beside.sources[name], target)
+            files.copy_file(beside.sources[name], target)
 
 
 def json_text(document: Mapping[str, Any]) -> str:

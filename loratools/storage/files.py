@@ -124,6 +124,12 @@ def copy_range(source: int, start: int, stop: int, target: int, offset: int, pat
         offset += count
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the bytes of a file to another, which is made or emptied; raise `BadFile` where the first cannot be read."""
+    with descriptor(source) as read, descriptor(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as written:
+        copy_range(read, 0, source.stat().st_size, written, 0, source)
+
+
 Read = Callable[[memoryview, int], None]
 """Fills a buffer with the bytes of a tensor from an offset on, counted from the tensor's own beginning."""
 

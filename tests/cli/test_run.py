@@ -478,3 +478,44 @@ def test_python_dash_m_runs_it(prepared: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0
     assert "model.layers.[0-1].self_attn.{q,v}_proj" in done.stdout
+
+
+ENDS = """
+import atexit, sys, threading
+{first}
+import loratools.__main__ as front
+def main():
+    def late():
+        threading.main_thread().join()
+        print("a thread")
+    threading.Thread(target=late).start()
+    atexit.register(print, "registered")
+    class Kept:
+        def __del__(self):
+            sys.__stderr__.write("taken apart")
+    front.kept = Kept()
+    print("main")
+    return {code}
+front.main = main
+front.process()
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "code", "out", "apart"),
+    [
+        ("", "3", ["main", "a thread", "registered"], ""),
+        ("atexit.register(print, 'before')", "3", ["main", "a thread", "registered", "before"], "taken apart"),
+        ("", "1 // 0", ["main", "a thread", "registered"], "taken apart"),
+    ],
+    ids=["alone", "others wait for the end", "exception"],
+)
+def test_a_process_ends_as_it_should_without_being_taken_apart(
+    first: str, code: str, out: list[str], apart: str
+) -> None:
+    program = ENDS.format(first=first, code=code)
+    done = subprocess.run([sys.executable, "-c", program], env=clean_env(), capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == out
+    assert done.stderr.endswith(apart)
+    assert ("ZeroDivisionError" in done.stderr) == (code == "1 // 0")
+    assert done.returncode == (3 if code == "3" else 1)

@@ -12,6 +12,7 @@ from loratools.dialects import open_adapter, peft
 from loratools.errors import LoraToolsError
 from loratools.format import digest
 from loratools.format.digest import adapter_digest
+from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import session
 from loratools.surgery.combine import combine
 from tests.make import tiny
@@ -87,6 +88,25 @@ def test_a_task_works_a_digest_out_once(folder: Path, monkeypatch: pytest.Monkey
         assert len(counted) == 1
     assert adapter_digest(open_adapter(folder)) == adapter_digest(open_adapter(folder))
     assert len(counted) == 3
+
+
+def test_the_same_files_have_their_digest_once_however_they_are_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Checkpoint.open(tiny.save_llama(tmp_path / "base", tiny.llama_weights()))
+    read: list[str] = []
+    chunks_of_all = digest.chunks_of_all
+    monkeypatch.setattr(digest, "chunks_of_all", lambda *args: read.append("") or chunks_of_all(*args))
+    with session():
+        before = adapter_digest(open_adapter(folder))
+        for others in ({"base": base}, {"alpha": 9.0}):
+            assert adapter_digest(open_adapter(folder, **others)) == before
+        assert len(read) == 1
+        other = tiny.save_peft(tmp_path / "other", tiny.lora_factors(seed=7))
+        (other / "adapter_model.safetensors").replace(folder / "adapter_model.safetensors")
+        changed = adapter_digest(open_adapter(folder, base=base))
+        assert len(read) == 2
+    assert before != changed == adapter_digest(open_adapter(folder))
 
 
 def test_combining_opens_each_adapter_once(folder: Path, reads: list[Path], tmp_path: Path) -> None:
