@@ -9,12 +9,16 @@ and what `use_experts_implementation` says of a class.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pprint import pformat
 
 _PARAMETER = "Parameter"
+_INSIDE = r"(?:(?:[ \t#)\]}].*)?\n)*"
+_CLASS = re.compile(rf"^(?:@.*\n{_INSIDE})*class .*\n{_INSIDE}", re.MULTILINE)
+"""A class at the top of a file: its decorators, its first line, and all that is indented below."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def classes() -> Iterator[Stacking]:
     import transformers
 
     for file in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        for node in _nodes(file.read_text(encoding="utf-8")):
             if isinstance(node, ast.ClassDef) and (parameters := _parameters(node)):
                 yield Stacking(file.parent, parameters, _marks(node))
 
@@ -69,6 +73,14 @@ def tables() -> dict[str, object]:
             n for each in stacking if each.marks.get("is_concatenated") is False for n in types[each.folder]
         ),
     }
+
+
+def _nodes(text: str) -> list[ast.stmt]:
+    """Return the classes of a file that may make a parameter; to read all of every file takes five times as long."""
+    try:
+        return [node for one in _CLASS.findall(f"{text}\n") if _PARAMETER in one for node in ast.parse(one).body]
+    except SyntaxError:  # a string has lines that are not indented
+        return ast.parse(text).body
 
 
 def _parameters(node: ast.ClassDef) -> dict[str, list[str]]:

@@ -20,7 +20,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +159,8 @@ def _name(model: Any, getter: str) -> str | None:
     return f"{min(paths, key=len)}.weight"
 
 
-def classes() -> Iterator[Any]:
-    """Yield the model classes that transformers' automatic classes know, by name."""
-    import transformers
+def names_of_classes() -> list[str]:
+    """Return the names that transformers' automatic classes know, sorted, of which no module is loaded for this."""
     from transformers.models.auto import modeling_auto
 
     names: set[str] = set()
@@ -169,7 +168,14 @@ def classes() -> Iterator[Any]:
         if attribute.endswith("_MAPPING_NAMES"):
             for value in getattr(modeling_auto, attribute).values():
                 names |= {value} if isinstance(value, str) else set(value)
-    for name in sorted(filter(None, names)):
+    return sorted(filter(None, names))
+
+
+def classes(names: Iterable[str] | None = None) -> Iterator[Any]:
+    """Yield the model classes of these names, without what is none. Default: of all that are known."""
+    import transformers
+
+    for name in names_of_classes() if names is None else names:
         cls = getattr(transformers, name, None)
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and cls.config_class is not None:
             yield cls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 _NUMBER = re.compile(r"\d+|\{\}")
 _Mask = tuple[bool, ...]
@@ -45,9 +46,15 @@ class Patterns:
         >>> Patterns(["blocks.{}.ffn.0"]).find("blocks.12.ffn.0")
         ('blocks.{}.ffn.0', ('12',))
         """
-        numbers = _NUMBER.findall(name)
-        for mask, patterns in self._forms.get(_NUMBER.sub("{}", name), {}).items():
+        form, numbers = _parted(name)
+        for mask, patterns in self._forms.get(form, {}).items():
             pattern = patterns.get(tuple(number for number, is_open in zip(numbers, mask, strict=True) if not is_open))
             if pattern is not None:
                 return pattern, tuple(number for number, is_open in zip(numbers, mask, strict=True) if is_open)
         return None
+
+
+@lru_cache(maxsize=1 << 15)  # the same names are looked up in every family, and when a base is opened again
+def _parted(name: str) -> tuple[str, tuple[str, ...]]:
+    """Return the form of a name, and its numbers."""
+    return _NUMBER.sub("{}", name), tuple(_NUMBER.findall(name))
