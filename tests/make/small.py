@@ -69,6 +69,7 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "longcat_flash": {"expert_ffn_hidden_size": 24, "ffn_hidden_size": 48, "zero_expert_num": 2, "num_layers": 2},
     "ernie4_5_vl_moe_text": {"hidden_size": 512},
     "qwen3_omni_moe": {"enable_audio_output": False},
+    "mistral_large4_text": {"kv_source_layers": [0, 1]},
     "dots3_note": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
     "flaubert": {"n_words": 128, "emb_dim": 32, "n_heads": 4},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 _NUMBER = re.compile(r"\d+|\{\}")
@@ -17,6 +17,18 @@ def form_of(name: str) -> str:
     'blocks.{}.ffn.{}'
     """
     return _NUMBER.sub("{}", name)
+
+
+def forms_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return form -> the names of that form.
+
+    >>> forms_of(["blocks.1.ffn", "blocks.2.ffn"])
+    {'blocks.{}.ffn': ['blocks.1.ffn', 'blocks.2.ffn']}
+    """
+    forms: dict[str, list[str]] = {}
+    for name in names:
+        forms.setdefault(_parted(name)[0], []).append(name)
+    return forms
 
 
 class Patterns:
@@ -39,6 +51,10 @@ class Patterns:
     def has_any(self, forms: Iterable[str]) -> bool:
         """Tell whether any pattern is of one of these forms, as `form_of` says them: other names fit none."""
         return not self._forms.keys().isdisjoint(forms)
+
+    def count(self, by_form: Mapping[str, Sequence[str]]) -> int:
+        """Return how many names fit any pattern, of names by their forms as `forms_of` has them."""
+        return sum(1 for form in self._forms.keys() & by_form.keys() for name in by_form[form] if self.find(name))
 
     def find(self, name: str) -> tuple[str, tuple[str, ...]] | None:
         """Return a pattern that a name fits, with the numbers in the places of its `{}`; None without one.

@@ -14,7 +14,7 @@ from functools import cache
 
 from loratools.adapter.naming.image import families
 from loratools.adapter.naming.image.families import Family, Naming
-from loratools.adapter.naming.image.patterns import Patterns
+from loratools.adapter.naming.image.patterns import Patterns, forms_of
 from loratools.decisions import warned
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -169,8 +169,8 @@ def told(readings: Sequence[Reading], shapes: Shapes, hints: str = "", *, flat: 
 
 def most(modules: Iterable[str]) -> tuple[int, list[Reading]]:
     """Return how many of the modules the readings have that have the most, and those; of families of image models."""
-    wanted = list(modules)
-    counts = {reading: sum(1 for module in wanted if reading.find(module)) for reading in every()}
+    forms = forms_of(modules)
+    counts = {reading: _patterns(reading.name, reading.naming, False).count(forms) for reading in every()}
     best = max(counts.values(), default=0)
     return best, [reading for reading, count in counts.items() if count == best]
 

@@ -120,3 +120,13 @@ def test_attentions_of_published_models_are_never_read_as_another_familys(name: 
     if name in ALONE and blocks is None:
         places = [readings.leads(r, shapes, "original") for r in left if r.family.prefixes.get("comfy")]
         assert all(place == places[0] for place in places)
+
+
+@pytest.mark.parametrize("name", ["sd", "flux", "wan", "ltx2"])
+def test_the_readings_with_most_modules_are_those_that_find_most_one_by_one(name: str) -> None:
+    names = modules(Reading(name, "original"))
+    names += [*names[:3], "no.such.module", "blocks.1"]  # a name that is given twice counts twice
+    found = {reading: sum(1 for module in names if reading.find(module)) for reading in readings.every()}
+    count, best = readings.most(names)
+    assert count == max(found.values()) >= len(names) - 2
+    assert best == [reading for reading in found if found[reading] == count]
