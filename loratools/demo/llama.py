@@ -184,6 +184,7 @@ def held_out_loss(weights: Weights, shape: LlamaShape, text: bytes, adapter: Fac
     if len(text) < 2:
         raise ValueError(f"a loss needs a text of at least two bytes, this one has {len(text)}")
     ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    weights = _once(weights)
     total = 0.0
     with torch.inference_mode():
         for start in range(0, len(ids) - 1, CONTEXT):
@@ -204,7 +205,7 @@ def generate(
     if not prompt:
         raise ValueError("generation needs a prompt of at least one byte")
     generator = torch.Generator().manual_seed(seed)
-    text = bytearray(prompt)
+    text, weights = bytearray(prompt), _once(weights)
     with torch.inference_mode():
         for _ in range(count):
             logits = forward(weights, shape, torch.tensor([list(text[-CONTEXT:])]), adapter)[0, -1]
@@ -213,6 +214,11 @@ def generate(
             else:
                 text.append(int(logits.argmax()))
     return bytes(text[len(prompt) :])
+
+
+def _once(weights: Weights) -> Weights:
+    """Make float32 of all weights now, for many passes that each would."""
+    return {name: weight.float() for name, weight in weights.items()}
 
 
 def _split(x: Tensor, head_dim: int) -> Tensor:

@@ -17,7 +17,7 @@ from loratools.demo.stop import Stop
 from loratools.demo.trained import trained
 from loratools.errors import WrongBase
 from loratools.linalg.ranks.allocate import Ranks
-from loratools.parallel import cores
+from loratools.parallel import cores, one_torch_thread
 from loratools.storage.atomic import new_folder, temporary
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.sources import Location
@@ -184,6 +184,7 @@ def _extract(folder: Path) -> Stop:
     )
 
 
+@one_torch_thread()  # of small matrices
 def _losses(folder: Path) -> Stop:
     from loratools.demo.llama import LlamaShape, generate, held_out_loss
 
