@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from loratools.cli._run import run
 from loratools.cli._show import size
 from tests.cli.test_schemas import assert_valid
 from tests.conftest import clean_env
+from tests.parallel.items import made, square
 
 Spoken = Callable[..., tuple[int, list[str], list[str]]]
 
@@ -306,27 +305,14 @@ def test_a_reader_that_goes_away(workplace: Path, library: Path) -> None:
     assert "no space left" in done.stdout
 
 
-def _square(number: int) -> int:
-    if number == 3:
-        os._exit(7)
-    time.sleep(0.02 if number == 0 else 0)
-    return number * number
-
-
 def test_a_process_that_ends_costs_its_item_only() -> None:
-    results = in_order(_square, range(8), 2, {}, lambda item, code: -(code or 0))
+    results = in_order(square, range(8), 2, {}, lambda item, code: -(code or 0))
     assert list(results) == [0, 1, 4, -7, 16, 25, 36, 49]
 
 
 def test_an_item_waits_for_those_before_it(tmp_path: Path) -> None:
     folders = [tmp_path / "a", tmp_path / "b", tmp_path / "a" / "x", tmp_path / "a" / "x" / "y", tmp_path / "c"]
-    assert list(in_order(_made, folders, 3, {2: [0], 3: [0, 2]}, lambda item, code: False)) == [True] * 5
-
-
-def _made(folder: Path) -> bool:
-    time.sleep(0.02)
-    folder.mkdir()
-    return True
+    assert list(in_order(made, folders, 3, {2: [0], 3: [0, 2]}, lambda item, code: False)) == [True] * 5
 
 
 def test_results_do_not_go_into_a_model(shell: Callable, workplace: Path) -> None:

@@ -48,9 +48,11 @@ _LEAVES = st.one_of(
 )  # fmt: skip
 
 
-@given(
-    st.dictionaries(st.text(), st.recursive(_LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
-)
+def _containers(inner: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
+    return st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+
+
+@given(st.dictionaries(st.text(max_size=8), st.recursive(_LEAVES, _containers, max_leaves=12), max_size=6))
 def test_objects_have_one_text_however_it_is_made(value: dict[str, object]) -> None:
     assert canonical_object(value) == manifest.canonical(value)
 
