@@ -4,6 +4,7 @@ Here: how many cores there are, pools of threads that stop at the first failure,
 seam is `concurrent.futures.Executor`. A task is a plain function of a module and a value of paths and numbers, so that
 it travels; every worker plans anew from the headers, and shows by a fingerprint that it has the same plan.
 
+    memory     memory of a thread that files are read into
     plain      values of loratools as JSON has them, and back
     call       a verb and its arguments, as plain data
     shares     parts of a whole, counted from 1, of about equal size

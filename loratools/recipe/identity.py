@@ -16,6 +16,7 @@ from loratools.errors import LoraToolsError
 from loratools.format.digest import adapter_digest
 from loratools.format.manifest import ORIGIN
 from loratools.parallel import Progress, cores, each, no_progress, workers
+from loratools.parallel.memory import lent
 from loratools.storage import digest
 from loratools.storage.beside import along
 from loratools.storage.beside.links import walk
@@ -146,8 +147,8 @@ def _over(files: Mapping[str, Path], more: Mapping[str, str] | None = None, prog
 
 def _of_file(path: Path, progress: Progress = no_progress) -> str:
     hasher = digest.new()
-    buffer = memoryview(bytearray(_CHUNK))
-    with open_file(path) as file:
+    with open_file(path) as file, lent() as room:
+        buffer = room.of(_CHUNK, 0)
         while count := file.readinto(buffer):  # type: ignore[attr-defined]
             hasher.update(buffer[:count])
             progress(count)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratools.errors import BadFile
+from loratools.parallel.memory import Room, lent
 from loratools.storage import dtypes
 from loratools.storage.atomic import system
 from loratools.storage.header import TensorSpec
@@ -103,25 +104,23 @@ def copy_range(source: int, start: int, stop: int, target: int, offset: int, pat
     if far:
         far.ahead(start, stop)
     kernel = not far and system.copies_well(target, start, offset)
-    buffer = memoryview(b"")
-    while start < stop:
-        if kernel:
-            try:
-                count = os.copy_file_range(source, target, min(stop - start, 1 << 26), start, offset)
-            except OSError as error:
-                if error.errno in _NO_KERNEL_COPY:
-                    kernel = False
-                    continue
-                raise
-            if count == 0:
-                raise BadFile(f"{path}: became shorter while it was copied (ends at byte {start})")
-        else:
-            count = min(stop - start, CHUNK)
-            buffer = buffer if len(buffer) >= count else memoryview(bytearray(CHUNK))
-            read_into(source, buffer[:count], start, path)
-            write_from(target, buffer[:count], offset)
+    while kernel and start < stop:
+        try:
+            count = os.copy_file_range(source, target, min(stop - start, 1 << 26), start, offset)
+        except OSError as error:
+            if error.errno in _NO_KERNEL_COPY:
+                break
+            raise
+        if count == 0:
+            raise BadFile(f"{path}: became shorter while it was copied (ends at byte {start})")
         start += count
         offset += count
+    with lent() as room:
+        for begin in range(start, stop, CHUNK):
+            to = offset + begin - start
+            buffer = room.of(min(stop - begin, CHUNK), begin, to)
+            read_into(source, buffer, begin, path)
+            write_from(target, buffer, to)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -150,10 +149,9 @@ def opened(spec: TensorSpec) -> Iterator[Read]:
 
 def chunks(spec: TensorSpec, size: int = CHUNK) -> Iterator[memoryview]:
     """Yield the bytes of a tensor piece by piece, each valid until the next is asked for."""
-    buffer = memoryview(bytearray(min(size, max(spec.nbytes, 1))))
-    with opened(spec) as read:
-        for offset in range(0, spec.nbytes, len(buffer)):
-            piece = buffer[: min(len(buffer), spec.nbytes - offset)]
+    with opened(spec) as read, lent() as room:
+        for offset in range(0, spec.nbytes, size):
+            piece = room.of(min(size, spec.nbytes - offset), spec.start + offset)
             read(piece, offset)
             yield piece
 
@@ -163,11 +161,10 @@ def chunks_of_all(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, Iterat
 
     Small ones that lie side by side are read at once.
     """
-    buffer = memoryview(bytearray(min(CHUNK, sum([spec.stop - spec.start for spec in specs.values()]))))
-    with ExitStack() as stack:
+    with ExitStack() as stack, lent() as room:
         file: Path | None = None
         source = -1
-        for run in _runs(specs, len(buffer)):
+        for run in _runs(specs, CHUNK):
             first, last = run[0][1], run[-1][1]
             if first.encoding is not None:
                 yield run[0][0], chunks(first)
@@ -176,10 +173,11 @@ def chunks_of_all(specs: Mapping[str, TensorSpec]) -> Iterator[tuple[str, Iterat
                 stack.close()
                 source, file = stack.enter_context(descriptor(first.file)), first.file
             if len(run) == 1:
-                yield run[0][0], _pieces(source, first, buffer)
+                yield run[0][0], _pieces(source, first, room)
                 continue
             begin = first.start
-            read_into(source, buffer[: last.stop - begin], begin, first.file)
+            buffer = room.of(last.stop - begin, begin)
+            read_into(source, buffer, begin, first.file)
             for name, spec in run:
                 yield name, iter((buffer[spec.start - begin : spec.stop - begin],))
 
@@ -201,9 +199,9 @@ def _runs(specs: Mapping[str, TensorSpec], size: int) -> Iterator[list[tuple[str
         yield run
 
 
-def _pieces(source: int, spec: TensorSpec, buffer: memoryview) -> Iterator[memoryview]:
-    for start in range(spec.start, spec.stop, len(buffer) or 1):
-        piece = buffer[: min(len(buffer), spec.stop - start)]
+def _pieces(source: int, spec: TensorSpec, room: Room) -> Iterator[memoryview]:
+    for start in range(spec.start, spec.stop, CHUNK):
+        piece = room.of(min(CHUNK, spec.stop - start), start)
         read_into(source, piece, start, spec.file)
         yield piece
 
@@ -226,34 +224,23 @@ def same_bytes(first: TensorSpec, second: TensorSpec) -> bool:
     return True
 
 
-def row_pieces(
-    specs: Sequence[TensorSpec], columns: int, nbytes: int, held: list[bytearray] | None = None
-) -> Iterator[tuple[int, int, list[memoryview]]]:
+def row_pieces(specs: Sequence[TensorSpec], columns: int, nbytes: int) -> Iterator[tuple[int, int, list[memoryview]]]:
     """Read tensors of as many elements side by side, each as a matrix of `columns` columns, some rows at a time.
 
     Yields the number of the first row, how many there are, and for each tensor the bytes of the rows, valid until the
-    next ones are asked for. A tile of the widest dtype takes about `nbytes`, at least one row. `held` is memory of
-    earlier tensors for each of those side by side; what is too small is replaced there. Fresh pages cost as much as the
-    reading.
+    next ones are asked for. A tile of the widest dtype takes about `nbytes`, at least one row.
     """
-    sizes = [dtypes.bits(spec.dtype) // 8 for spec in specs]
+    widths = [columns * dtypes.bits(spec.dtype) // 8 for spec in specs]
     total = specs[0].parameters // columns
-    step = max(1, nbytes // (columns * max(sizes)))
-    held = [] if held is None else held
-    needed = [min(step, total) * columns * size for size in sizes]
-    for i, need in enumerate(needed):
-        if i == len(held) or len(held[i]) < need:
-            held[i : i + 1] = [bytearray(need)]
-    buffers = [memoryview(held[i]) for i in range(len(specs))]
+    step = max(1, nbytes // max(widths))
     with ExitStack() as stack:
-        sources = [stack.enter_context(opened(spec)) for spec in specs]
+        ways = [(stack.enter_context(opened(spec)), stack.enter_context(lent()), spec.start) for spec in specs]
         for first in range(0, total, step):
             count = min(first + step, total) - first
             pieces = []
-            for read, size, buffer in zip(sources, sizes, buffers, strict=True):
-                piece = buffer[: count * columns * size]
-                read(piece, first * columns * size)
-                pieces.append(piece)
+            for (read, room, start), width in zip(ways, widths, strict=True):
+                pieces.append(piece := room.of(count * width, start + first * width))
+                read(piece, first * width)
             yield first, count, pieces
 
 

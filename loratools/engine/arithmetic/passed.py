@@ -38,10 +38,8 @@ class PassedRows:
         share = near_zero(task.dtype) or 0.0
         places = [tiles.Rectangle(site.rows, site.columns, each, each.bound() * share) for site, each in self._sums]
         everywhere = sum(site.shape[0] * site.shape[1] for site, _ in self._sums) == rows * columns
-        way = tiles.Passage(
-            places, columns, spec.dtype, min(step, rows), self._memory, everywhere=everywhere
-        )  # fmt: skip
-        width, infinity = columns * dtypes.bits(spec.dtype) // 8, dtypes.INFINITY[task.dtype]
+        way = tiles.Passage(places, columns, spec.dtype, self._memory, everywhere=everywhere)
+        infinity = dtypes.INFINITY[task.dtype]
 
         def tile(start: int, measured: int) -> Changed:
             if stopped():
@@ -58,11 +56,10 @@ class PassedRows:
                 raise no_direction(self._sums[place][0], row)
             if passed.largest >= infinity:
                 raise not_finite(task.name, task.dtype)
-            raw = way.stored[: count * width]
-            take(raw)
+            take(way.stored)
             if task.watch:
-                task.watch(raw, way.made[: count * width], start)
-            return Changed(raw, passed.retained, passed.total, passed.changed)
+                task.watch(way.stored, way.made, start)
+            return Changed(way.stored, passed.retained, passed.total, passed.changed)
 
         with files.descriptor(spec.file) as source:
             way.between(source, spec.start, task.target, task.offset)

@@ -30,9 +30,10 @@ import numpy as np
 from loratools.adapter.placement.resolve import Placement
 from loratools.engine.residual.predict import Step
 from loratools.errors import BadFile
+from loratools.parallel.memory import Room
 from loratools.storage import dtypes, files
 from loratools.storage.atomic import names
-from loratools.storage.codecs.floats import bytes_of, unsigned, widen
+from loratools.storage.codecs.floats import unsigned, widen
 from loratools.storage.header import MAX_HEADER, MAX_SIDES, TensorSpec, parse_header, read_header
 from loratools.storage.layout import plan_file
 from loratools.storage.strict_json import parse_json_object
@@ -200,9 +201,10 @@ def prediction(lost: Lost, after: Array, steps: Sequence[Step], start: int) -> A
     return W.reshape(-1)
 
 
-def read_bits(source: int, spec: TensorSpec, start: int, stop: int) -> Array:
-    """Return the bits of elements [`start`, `stop`) of a tensor."""
-    bits = np.empty(stop - start, unsigned(spec.dtype))
-    if len(bits):
-        files.read_into(source, bytes_of(bits), spec.start + start * bits.itemsize, spec.file)
-    return bits
+def read_bits(source: int, spec: TensorSpec, start: int, stop: int, room: Room) -> Array:
+    """Return the bits of elements [`start`, `stop`) of a tensor, in memory that the next call overwrites."""
+    dtype = np.dtype(unsigned(spec.dtype))
+    at = spec.start + start * dtype.itemsize
+    raw = room.of((stop - start) * dtype.itemsize, at)
+    files.read_into(source, raw, at, spec.file)
+    return np.frombuffer(raw, dtype)

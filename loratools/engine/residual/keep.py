@@ -28,6 +28,7 @@ from loratools.engine.residual import (
 from loratools.engine.residual import predict as undo
 from loratools.engine.residual.tiles import Coder
 from loratools.parallel import Progress, no_progress, workers
+from loratools.parallel.memory import lent
 from loratools.storage import dtypes, files
 from loratools.storage.beside.along import residual_of
 from loratools.storage.codecs.floats import widen
@@ -165,10 +166,13 @@ def _encode(lost: Lost, base: TensorSpec, progress: Progress, folder: Path, rest
         packer = zlib.compressobj(6)
         return b"".join([*(packer.compress(chunk) for chunk in files.chunks(base)), packer.flush()])
     columns = lost.matrix[1]
-    with files.descriptor(base.file) as source, files.descriptor(lost.after.file) as result:
+    with (
+        files.descriptor(base.file) as source, files.descriptor(lost.after.file) as result,
+        lent() as room, lent() as other,
+    ):  # fmt: skip
 
         def rows(start: int, stop: int) -> Array:
-            bits = read_bits(source, base, start * columns, stop * columns)
+            bits = read_bits(source, base, start * columns, stop * columns, room)
             return widen(bits, base.dtype, np.float64).reshape(-1, columns)
 
         steps = undo.steps(lost.placements)
@@ -176,8 +180,8 @@ def _encode(lost: Lost, base: TensorSpec, progress: Progress, folder: Path, rest
         parts = [step.gains.astype("<f4").tobytes() for step in steps if step.gains is not None]
         coder = Coder(lost, steps)
         for start, stop in lost.tiles():
-            W = read_bits(source, base, start * columns, stop * columns)
-            after = read_bits(result, lost.after, start * columns, stop * columns)
+            W = read_bits(source, base, start * columns, stop * columns, room)
+            after = read_bits(result, lost.after, start * columns, stop * columns, other)
             parts.append(coder.blocks(W, after, start, stop, stop - start))
             progress(W.nbytes)
     return b"".join(parts)

@@ -19,6 +19,7 @@ from loratools.engine.residual.tiles import Coder
 from loratools.engine.turns import Queue, Turns
 from loratools.errors import BadFile
 from loratools.parallel import Progress, no_progress, workers
+from loratools.parallel.memory import lent
 from loratools.storage import digest, dtypes, files
 from loratools.storage.atomic import system
 from loratools.storage.checkpoint import Checkpoint
@@ -177,7 +178,7 @@ def _decoded(lost: Lost, merged: TensorSpec, blob: memoryview) -> Iterator[memor
     if end != len(blob):
         raise BadFile("it goes on after its last block")
     columns, coder = lost.matrix[1], Coder(lost, made)
-    with files.descriptor(merged.file) as source:
+    with files.descriptor(merged.file) as source, lent() as room:
         for (start, stop), block in zip(lost.tiles(), blocks, strict=True):
-            after = read_bits(source, merged, start * columns, stop * columns)
+            after = read_bits(source, merged, start * columns, stop * columns, room)
             yield bytes_of(coder.decode(block, after, start))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loratools.linalg import native
+from loratools.parallel.memory import Room
 
 _DTYPES = {"BF16": 0, "F16": 1, "F32": 2}
 _ALIGNED = 64  # bytes of the widest vectors, which are fastest where none lies in two lines of the cache
@@ -28,21 +29,12 @@ class Memory:
     """The memory of one worker thread by names: under the same name the same again, or more where that is needed."""
 
     def __init__(self) -> None:
-        self._held: dict[str, Piece] = {}
+        self._held: dict[str, Room] = {}
 
-    def of(self, name: str, nbytes: int) -> Piece:
-        """Return so many bytes under a name; what they held is lost."""
-        held = self._held.get(name)
-        if held is None or len(held.view) < nbytes:
-            self._held.pop(name, None)
-            raw = bytearray(nbytes + _ALIGNED)
-            start = -_address(raw) % _ALIGNED
-            self._held[name] = held = Piece(_address(raw) + start, memoryview(raw)[start : start + nbytes])
-        return Piece(held.address, held.view[:nbytes])
-
-
-def _address(raw: bytearray) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(raw))
+    def of(self, name: str, nbytes: int, read: int | None = None, write: int | None = None) -> Piece:
+        """Return so many bytes under a name, at the `place` for a read or a write; what they held is lost."""
+        view = self._held.setdefault(name, Room()).of(nbytes, read, write)
+        return Piece(ctypes.addressof(ctypes.c_char.from_buffer(view)) if nbytes else 0, view)
 
 
 @dataclass(slots=True, eq=False)

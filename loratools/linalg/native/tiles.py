@@ -73,23 +73,21 @@ class Passed:
 class Passage:
     """The way of one tensor, (rows, `columns`), from a file to another, by its rectangles, which do not meet.
 
-    `everywhere` says that they are all of it. `tile` is the most rows that a call may be for; `stored` and `made` are
-    memory for them, a thread's own as the rest of `memory` is.
+    `everywhere` says that they are all of it. `stored` and `made` are the rows of a call, in the `memory` of a thread.
     """
 
     def __init__(
-        self, places: Sequence[Rectangle], columns: int, dtype: str, tile: int, memory: Memory, *, everywhere: bool
+        self, places: Sequence[Rectangle], columns: int, dtype: str, memory: Memory, *, everywhere: bool
     ) -> None:  # fmt: skip
         number, size = _DTYPES[dtype]
-        stored, made = (memory.of(name, tile * columns * size) for name in ("stored", "made"))
         sums = memory.of("sums", max(each.products.sums for each in places))
-        self.stored, self.made = stored.view, made.view
+        self.stored = self.made = memoryview(b"")
+        self._memory, self._row = memory, columns * size
         self._places = (_Place * len(places))(*(_place(each, columns, number, sums.address) for each in places))
         self._tensor = _Tensor(
-            dtype=number, columns=columns, stored=stored.address, made=made.address, places=self._places,
-            count=len(places), everywhere=everywhere,
+            dtype=number, columns=columns, places=self._places, count=len(places), everywhere=everywhere
         )  # fmt: skip
-        self._held = (places, stored, made, sums)  # what C has pointers to
+        self._held = (places, sums)  # what C has pointers to
         self._call = native.library().loratools_pass_rows
 
     def between(self, source: int, start: int, target: int, offset: int) -> None:
@@ -103,7 +101,12 @@ class Passage:
         Afterwards `stored` holds them as they were, and `made` as they are. Raises `EOFError` with the byte at which
         the source ended, and `OSError` as reading and writing do.
         """
-        how, tensor = self._call(ctypes.byref(self._tensor), first, count, measured), self._tensor
+        tensor, from_first, nbytes = self._tensor, first * self._row, count * self._row
+        stored = self._memory.of("stored", nbytes, read=tensor.start + from_first)
+        made = self._memory.of("made", nbytes, write=tensor.offset + from_first)
+        tensor.stored, tensor.made = stored.address, made.address
+        self.stored, self.made = stored.view, made.view
+        how = self._call(ctypes.byref(tensor), first, count, measured)
         if how == _ENDED:
             raise EOFError(tensor.ended)
         if how in (_READ_FAILED, _WRITE_FAILED):

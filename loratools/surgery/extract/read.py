@@ -122,7 +122,7 @@ def read_delta(
     work = np.empty(0, wide)
     base_norm2 = norm2 = lost2 = 0.0
     rows: list[int] = []
-    for start, count, raw in files.row_pieces((base, tuned), columns, TILE, _held()):
+    for start, count, raw in files.row_pieces((base, tuned), columns, TILE):
         if hashed:
             if own[1] is own[0] and not _equal(raw):
                 own[1] = own[0].copy()
@@ -179,13 +179,6 @@ def _refuse_extremes(base: TensorSpec, tuned: TensorSpec, columns: int) -> None:
             f"numbers of up to {largest:.3g} in {tuned.file}, which change by up to {change:.3g}: float64 does not "
             "hold the squares of such numbers, so the change has no norm"
         )
-
-
-def _held() -> list[bytearray]:
-    """Return this thread's memory for the bytes of two tensors."""
-    held: list[bytearray] = [buffer for buffer in getattr(_OWN, "raw", ()) if len(buffer) <= 2 * TILE]
-    _OWN.raw = held
-    return held
 
 
 def _equal(raw: list[memoryview]) -> bool:

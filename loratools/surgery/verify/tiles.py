@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.adapter.site import Site
 from loratools.parallel import Progress
+from loratools.parallel.memory import lent
 from loratools.storage import dtypes, files
 from loratools.storage.header import TensorSpec
 from loratools.storage.resolvers import is_far
@@ -69,10 +70,10 @@ def _in_c(source: TensorSpec, merged: TensorSpec, probe: Probe, progress: Progre
     room = proof.room_for(columns, stored)
     with ExitStack() as stack:
         before, after = (stack.enter_context(files.descriptor(spec.file)) for spec in specs)
+        W, merged_W = (np.frombuffer(stack.enter_context(lent()).of(room, spec.start), np.uint8) for spec in specs)
         way = proof.Pass(
-            (before, after), (source.start, merged.start), stored, probe.X, probe.Y, probe.known,
-            (np.empty(room, np.uint8), np.empty(room, np.uint8)),
-        )  # fmt: skip
+            (before, after), (source.start, merged.start), stored, probe.X, probe.Y, probe.known, (W, merged_W)
+        )
         for first in range(0, rows, _AT_ONCE * step):
             count = min(_AT_ONCE * step, rows - first)
             try:

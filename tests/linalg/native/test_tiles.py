@@ -55,7 +55,7 @@ def passage(W: Array, places: list[tiles.Rectangle], folder: Path, cut: int = 0)
     (folder / "in").write_bytes(b"before" + W.tobytes()[: W.nbytes - cut])
     source, target = os.open(folder / "in", os.O_RDONLY), os.open(folder / "out", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     covered = sum(len(range(*each.rows)) * len(range(*each.columns)) for each in places)
-    way = tiles.Passage(places, 70, NAMES[W.dtype.name], 50, Memory(), everywhere=covered == W.size)
+    way = tiles.Passage(places, 70, NAMES[W.dtype.name], Memory(), everywhere=covered == W.size)
     way.between(source, 6, target, 10)
     try:
         yield way
@@ -97,7 +97,7 @@ def test_what_a_tile_was_and_what_it_became_can_both_be_seen(tmp_path: Path) -> 
     W, B, A = (random.standard_normal(shape).astype(np.float32) for shape in ((2000, 70), (2000, 5), (5, 70)))
     places = [tiles.Rectangle((0, 2000, 1), (0, 70, 1), summed([(B, A, 1.0)], None), 0.0)]
     (tmp_path / "in").write_bytes(W.tobytes())
-    way = tiles.Passage(places, 70, "F32", 1900, Memory(), everywhere=True)
+    way = tiles.Passage(places, 70, "F32", Memory(), everywhere=True)
     with files.descriptor(tmp_path / "in") as source, files.descriptor(tmp_path / "out", os.O_RDWR | os.O_CREAT) as out:
         way.between(source, 0, out, 0)
         way.rows(100, 1900, 0)
