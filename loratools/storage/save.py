@@ -93,5 +93,5 @@ class Spool:
 
     def stored(self, tensor: LazyTensor) -> LazyTensor:
         """Write a tensor; return one that stands for what was written."""
-        raw = b"".join(tensor.chunks("it"))
+        raw = b"".join(map(bytes, tensor.chunks("it")))  # each piece is overwritten by the next
         return LazyTensor.stored(self.append(tensor.dtype, tensor.shape, memoryview(raw)))

@@ -73,3 +73,11 @@ def test_pieces_of_any_size_lie_one_after_the_other(tmp_path: Path) -> None:
         assert appended.end == 10 + sum(sizes)
         appended.flush()
     assert (tmp_path / "file").read_bytes() == bytes(10) + b"".join(pieces)
+
+
+def test_a_tensor_of_several_pieces_is_spooled_whole(tmp_path: Path) -> None:
+    X = torch.randn(700, 1000, generator=torch.Generator().manual_seed(1))
+    save_file({"x": X}, tmp_path / "x.safetensors")
+    lazy = LazyTensor.stored(read_header(tmp_path / "x.safetensors").tensors["x"])
+    assert len([len(piece) for piece in lazy.chunks("x")]) > 2
+    assert torch.equal(Spool(tmp_path / "spool").stored(lazy).load(), X)
