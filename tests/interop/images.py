@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +99,24 @@ def pipeline(name: str) -> Any:
 
 def reopened(name: str, folder: Path) -> Any:
     """Return the pipeline that diffusers and transformers load from a folder."""
-    fresh = pipeline(name)
+    fresh = _any(name)
     parts = {
         component: type(getattr(fresh, component)).from_pretrained(folder / component)
         for component in components(fresh)
     }
     others = {component: getattr(fresh, component, None) for component in fresh.components}
     return type(fresh)(**others | parts | ({"requires_safety_checker": False} if name == "sd" else {}))
+
+
+@cache
+def _any(name: str) -> Any:
+    """Return a pipeline of which only the classes and what has no weights are used: it is made once."""
+    return pipeline(name)
+
+
+def class_of(name: str, component: str) -> Any:
+    """Return the class of a pipeline's component."""
+    return type(getattr(_any(name), component))
 
 
 def components(pipe: Any) -> list[str]:
