@@ -1,9 +1,10 @@
 """Run command lines as on another system: what Linux has and that system has not is taken away, in this process.
 
-    python -m tests.faults.elsewhere SYSTEM COMMANDS
+    python -m tests.faults.elsewhere COMMANDS SYSTEM=FOLDER ...
 
 SYSTEM is `windows`, `macos` or `here`, with `+c` where the compiled C is there; COMMANDS is JSON, a list of command
-lines for `loratools`. One JSON document goes to stdout: exit code, stdout and stderr of each.
+lines for `loratools`, which run in FOLDER. For each system a line of JSON goes to stdout: exit code, stdout and stderr
+of each. A system is a fork of this process, which has imported the libraries of others, and nothing of ours.
 
 What `windows` is like, besides the calls, flags, signals and modules that it lacks:
 
@@ -28,7 +29,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
@@ -61,9 +62,8 @@ SIGNALS = "SIGALRM SIGCHLD SIGCONT SIGHUP SIGKILL SIGPIPE SIGPROF SIGQUIT SIGSTO
 _COMPILED = "linalg/native"
 
 
-def become(system: str, *, compiled: bool) -> None:
-    """Make this process one of another system; before loratools is imported, and for good."""
-    # The libraries of others come first: those that are installed here are built for Linux, and know it.
+def import_libraries() -> None:
+    """Import the libraries of others: those that are installed here are built for Linux, and know it."""
     import blake3  # noqa: F401
     import click  # noqa: F401
     import huggingface_hub.file_download  # noqa: F401
@@ -72,6 +72,10 @@ def become(system: str, *, compiled: bool) -> None:
     import torch  # noqa: F401
     import tqdm  # noqa: F401
 
+
+def become(system: str, *, compiled: bool) -> None:
+    """Make this process one of another system; before loratools is imported, and for good."""
+    import_libraries()
     if system == "windows":
         _windows()
     for name in ABSENT[system].split():
@@ -206,14 +210,35 @@ def main(system: str, commands: list[list[str]]) -> list[dict[str, Any]]:
 
 def start(system: str, commands: list[list[str]], folder: Path, **environment: str) -> list[dict[str, Any]]:
     """Run command lines in a folder, in a process of their own; return what each did."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.elsewhere", system, json.dumps(commands)], cwd=folder, check=False,
-        capture_output=True, text=True, env=dict(os.environ) | environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    results: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    (results,) = start_all({system: folder}, commands, **environment)
     return results
 
 
+def start_all(
+    folders: Mapping[str, Path], commands: list[list[str]], **environment: str
+) -> Iterator[list[dict[str, Any]]]:
+    """Run command lines on each system, in its folder and a process of its own; yield what each did there."""
+    places = [f"{system}={folder}" for system, folder in folders.items()]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults.elsewhere", json.dumps(commands), *places], check=False,
+        cwd=next(iter(folders.values())), capture_output=True, text=True, env=dict(os.environ) | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for line, _ in zip(done.stdout.splitlines(), folders, strict=True):
+        yield json.loads(line)
+
+
+def fork(place: str, commands: list[list[str]]) -> int:
+    """Run command lines on one system in a fork of this process, which tells what they did; return how it ended."""
+    system, _, folder = place.partition("=")
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.chdir(folder)
+    print(json.dumps(main(system, commands)))
+    sys.exit()
+
+
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], json.loads(sys.argv[2]))))
+    import_libraries()
+    sys.exit(max(abs(fork(place, json.loads(sys.argv[1]))) for place in sys.argv[2:]))

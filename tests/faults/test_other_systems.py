@@ -55,11 +55,17 @@ COMMANDS = [
 ]
 
 
-def run(name: str, workplace: Path, folder: Path, commands: list[str]) -> tuple[list[dict[str, str]], dict[str, str]]:
-    """Run commands as on a system; return what each said, and the hashes of all files that are there afterwards."""
-    place = Path(shutil.copytree(workplace, folder / name))
-    said = elsewhere.start(name, [line.split() for line in commands], place, **clean_env())
-    return [{key: _plain(str(value)) for key, value in each.items()} for each in said], hashes(place)
+Did = tuple[list[dict[str, str]], dict[str, str]]
+
+
+def run(names: list[str], workplace: Path, folder: Path, commands: list[str]) -> list[Did]:
+    """Run commands as on systems; return what each said there, and the hashes of all files that are there then."""
+    places = {name: Path(shutil.copytree(workplace, folder / name)) for name in names}
+    told = elsewhere.start_all(places, [line.split() for line in commands], **clean_env())
+    return [
+        ([{key: _plain(str(value)) for key, value in each.items()} for each in said], hashes(place))
+        for said, place in zip(told, places.values(), strict=True)
+    ]
 
 
 def _plain(text: str) -> str:
@@ -71,14 +77,14 @@ def _plain(text: str) -> str:
 @pytest.mark.parametrize(("compiled", "systems"), [("+c", ["windows", "macos"]), ("", ["windows"])])
 def test_every_system_writes_the_same_bytes(prepared: Path, tmp_path: Path, compiled: str, systems: list[str]) -> None:
     """Without a compiler too: what torch alone writes is compared with that."""
-    expected, left = run(f"here{compiled}", prepared, tmp_path, COMMANDS)
+    names = [f"{name}{compiled}" for name in ("here", *systems)]
+    (expected, left), *others = run(names, prepared, tmp_path, COMMANDS)
     assert [int(each["code"]) for each in expected] == [0] * (len(COMMANDS) - 2) + [1, 1]
     assert not [name for name in left if "/." in f"/{name}" and not name.startswith(".gathered.")]
-    for name in systems:
-        said, files = run(f"{name}{compiled}", prepared, tmp_path, COMMANDS)
+    for said, there_left in others:
         for line, here, there in zip(COMMANDS, expected, said, strict=True):
             assert here == there, line
-        assert files == left
+        assert there_left == left
 
 
 @pytest.mark.slow
