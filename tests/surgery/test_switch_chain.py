@@ -1,4 +1,4 @@
-"""Many switches, one after another: exact with a residual, to the hundredth; without one within a bound that grows."""
+"""Many switches, one after another: exact with a residual, each of them; without one within a bound that grows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def make_dora(adapter: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
-def test_the_hundredth_switch_is_exact(dtype: str, tmp_path: Path) -> None:
+def test_every_switch_of_a_chain_is_exact(dtype: str, tmp_path: Path) -> None:
+    """After each the files are those of a fresh merge, so a chain of any length is made of these switches alone."""
     base, adapters = prepare(tmp_path, dtype)
     make_dora(adapters[1])
     wanted = []
@@ -56,8 +57,7 @@ def test_the_hundredth_switch_is_exact(dtype: str, tmp_path: Path) -> None:
         merge(base, adapter, tmp_path / f"fresh{i}", weights=0.3 + i, keep_residual=True)
         wanted.append({path.name: path.read_bytes() for path in (tmp_path / f"fresh{i}").iterdir()})
     current, now = tmp_path / "fresh0", 0
-    for step in range(100):
-        new = (now + 1 + step % 2) % 3
+    for step, new in enumerate([1, 2, 0, 2, 1, 0] * 2):  # from each to each, twice
         report = switch(current, adapters[now], adapters[new], tmp_path / f"step{step}", weights=0.3 + new)
         assert report.exact
         assert report.residual is not None
