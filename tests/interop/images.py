@@ -99,7 +99,7 @@ def pipeline(name: str) -> Any:
 
 def reopened(name: str, folder: Path) -> Any:
     """Return the pipeline that diffusers and transformers load from a folder."""
-    fresh = _any(name)
+    fresh = untouched(name)
     parts = {
         component: type(getattr(fresh, component)).from_pretrained(folder / component)
         for component in components(fresh)
@@ -109,14 +109,14 @@ def reopened(name: str, folder: Path) -> Any:
 
 
 @cache
-def _any(name: str) -> Any:
-    """Return a pipeline of which only the classes and what has no weights are used: it is made once."""
+def untouched(name: str) -> Any:
+    """Return `pipeline(name)`, made once: to be read only."""
     return pipeline(name)
 
 
 def class_of(name: str, component: str) -> Any:
     """Return the class of a pipeline's component."""
-    return type(getattr(_any(name), component))
+    return type(getattr(untouched(name), component))
 
 
 def components(pipe: Any) -> list[str]:

@@ -132,7 +132,7 @@ def test_merged_weights_are_those_of_forward(
     bases: Callable[[str], tuple[Path, Path]], name: str, algorithm: str, tmp_path: Path
 ) -> None:
     folder, _ = bases(name)
-    pipe, fresh = images.pipeline(name), images.pipeline(name)
+    pipe = images.pipeline(name)
     layers = {id(module): key for key, module in everything(pipe).items()}
     made = network(pipe, xl=name == "sdxl", **ALGORITHMS[algorithm])
     made.save_weights(str(tmp_path / "a.safetensors"), None, {"ss_network_module": "lycoris.kohya"})
@@ -140,7 +140,7 @@ def test_merged_weights_are_those_of_forward(
     merged = images.reopened(name, tmp_path / "merged")
     modules = made.text_encoder_loras + made.unet_loras
     changed, checked = everything(merged), set[str]()
-    plain = everything(fresh)
+    plain = everything(images.untouched(name))
     for module in modules:
         key = layers[id(module.org_module[0])]
         checked.add(key)
@@ -268,7 +268,7 @@ def test_every_naming_merges_into_every_layout_alike(
             tensors = {one: merged.read(one) for one in merged.specs}
             results.append(images.from_original(name, tensors) if layout == "file" else tensors)
     first = {key.removeprefix("unet."): W for key, W in results[0].items() if key.startswith("unet.")}
-    plain = images.pipeline(name).unet.state_dict()
+    plain = images.untouched(name).unet.state_dict()
     assert sum(not torch.equal(first[key], W) for key, W in plain.items()) > 10
     for result in results[1:]:
         state = result if isinstance(result, dict) else result.unet.state_dict()
