@@ -13,8 +13,7 @@ record beside it, for reading all of it takes time.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from loratools.recipe import identity
 from loratools.storage.beside.making import ENTRY, FIELD, noted_root
 from loratools.storage.checkpoint import Checkpoint
 from loratools.storage.header import read_header
-from loratools.storage.sources import is_reference, local, origin
+from loratools.storage.sources import local, origin
 
 if TYPE_CHECKING:
     from loratools.recipe.catalog import Role
@@ -41,29 +40,24 @@ Content = Callable[[Path], str]
 
 def describe(
     command: str, options: Mapping[str, Any], inputs: Mapping[str, Sequence[str] | str], roles: Mapping[str, Role],
-    suffix: str = "", content: Content | None = None,
+    suffix: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """Return the account of a command that runs: `inputs` are the places of what it takes, by option.
 
     `options` are those whose result it depends on; `roles` says which inputs are models; `suffix` is the ending of an
-    output that is a file. `content` is what `contents_of` gives, where that hashes the adapters already.
+    output that is a file.
     """
     numbers = command != "merge" or "dtype" in options
     dialect = options.get("dialect")
     listed = {name: [places] if isinstance(places, str) else places for name, places in inputs.items()}
-    adapters = [place for name, places in listed.items() for place in places if roles[name] == "adapter"]
+    adapters = {local(place) for name, places in listed.items() for place in places if roles[name] == "adapter"}
     taken: dict[str, Any] = {}
-    with nullcontext(content) if content else contents_of(adapters) as content_of:
+    with identity.contents_of(adapters) as content_of:  # both read all of an adapter
         for name, places in listed.items():
             entries = [_entry(place, roles[name], dialect, numbers, content_of) for place in places]
             taken[name] = entries[0] if isinstance(inputs[name], str) else entries
     form = {"suffix": suffix} if suffix in WEIGHTS else {}
     return {"command": command, "tool": record.TOOL, "options": dict(options), "inputs": taken, **form}
-
-
-def contents_of(adapters: Iterable[str]) -> AbstractContextManager[Content]:
-    """Hash adapters beside other work, for `describe`; a reference, which is fetched by who reads it, is none yet."""
-    return identity.contents_of({Path(place) for place in adapters if not is_reference(place)})
 
 
 def _entry(place: str, role: Role, dialect: Any, numbers: bool, content_of: Content) -> dict[str, Any]:
