@@ -52,7 +52,7 @@ def describe(
     listed = {name: [places] if isinstance(places, str) else places for name, places in inputs.items()}
     adapters = {local(place) for name, places in listed.items() for place in places if roles[name] == "adapter"}
     taken: dict[str, Any] = {}
-    with identity.contents_of(adapters) as content_of:  # both read all of an adapter
+    with identity.contents_of(adapters) as content_of:  # beside their digests, which read all of them too
         for name, places in listed.items():
             entries = [_entry(place, roles[name], dialect, numbers, content_of) for place in places]
             taken[name] = entries[0] if isinstance(inputs[name], str) else entries
