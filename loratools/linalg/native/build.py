@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ class NativeRows(BuildHookInterface[Any]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile, and say what became of it to hatchling."""
         compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
-        for name, loss in LOSS.items():
-            if not self._compile(compiler, name, loss):
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # each waits for a compiler of its own
+            compiled = list(threads.map(lambda each: self._compile(compiler, *each), LOSS.items()))
+        for name, made in zip(LOSS, compiled, strict=True):
+            if not made:
                 continue
             build_data["artifacts"].append(f"loratools/linalg/native/lib{name}.so")
             build_data["pure_python"] = False
