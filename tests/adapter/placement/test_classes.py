@@ -25,7 +25,7 @@ def stated(inner: str | None, state: int, count: int) -> dict[str, Any]:
     return said if SAID[below] is None else said | {str(inner): {"tie_word_embeddings": SAID[below]}}
 
 
-SHARES = 24
+SHARES = 48
 
 
 def compare(cls: Any) -> list[str]:
