@@ -53,11 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Return how many processes `-n auto` starts: one more than cores, for some tests wait, and at most four.
-
-    Each may need two gigabytes.
-    """
-    return min(cores() + 1, 4)
+    """Return how many processes `-n auto` starts: one per core, at most four, each of which may need two gigabytes."""
+    return min(cores(), 4)
 
 
 def remove_leftovers(folder: Path) -> None:
