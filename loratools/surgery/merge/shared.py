@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -87,7 +88,7 @@ def merge_shared(call: Call, workers: Workers, *, progress: Progress | None = No
             decided("%s in %d parts on %s", files, count, pool.name)
             todo = [_Task(planned, Part(number, count)) for number in range(1, count + 1)]
             written = tasks.run(pool, work, todo, done, partial(atomic.remove, mark))
-        with atomic.part_folders(output, [Path(each.folder) for each in written]) as folders:
+        with _taken(output, [Path(each.folder) for each in written]) as folders:
             report = execute(prepared, parts=folders, room=mark)
         return finish(call, report)
     finally:
@@ -161,6 +162,26 @@ def _while_wanted(mark: Path) -> Progress:
                 raise LoraToolsError("the work was called off")
 
     return progress
+
+
+@contextmanager
+def _taken(output: Path, only: Sequence[Path]) -> Iterator[list[Path]]:
+    """Yield the folders of parts as `part_folders` does, once nobody works in them any more.
+
+    Dask does a part again whose result has come already, where its worker is lost just then. It finds all written, and
+    ends.
+    """
+    end = time.monotonic() + tasks.PATIENCE
+    with ExitStack() as held:
+        while True:
+            try:
+                folders = held.enter_context(atomic.part_folders(output, only))
+                break
+            except OutputRefused:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
+        yield folders
 
 
 def _remove(output: Path, key: str) -> None:

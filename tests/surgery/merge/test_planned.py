@@ -7,6 +7,7 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loratools.errors import BadFile, InvalidOption
+from loratools.storage.atomic import locks
+from loratools.storage.atomic.leftovers import parts_of
 from loratools.surgery.merge import merge
 from loratools.surgery.merge import planned as planning
 from loratools.surgery.merge.parts import call_of, gather, merge_part
@@ -118,6 +121,30 @@ def test_every_kind_of_merge_is_shared_out_by_its_tensors(case: str, workplace: 
     with ThreadPoolExecutor(1) as executor:
         merge_shared(call_of(base, [adapter], workplace / "apart", **options), executor)
     assert hashes(workplace / "apart") == hashes(workplace / "whole")
+
+
+def test_a_part_that_is_done_again_after_its_result_has_come_is_waited_for(tmp_path: Path) -> None:
+    base, adapter = one_file(tmp_path)
+    written, held = list[int](), list[locks.Lock]()
+
+    def let_go() -> None:
+        for lock in held:
+            lock.release()
+
+    def begin_again(count: int) -> None:
+        written[-1] -= count
+        if not written[-1]:  # that was the last result
+            folders = [each for each in parts_of(tmp_path / "apart") if not each.name.endswith("0000")]
+            held.extend(map(locks.lock, folders))
+            Timer(0.3, let_go).start()
+
+    with ThreadPoolExecutor(1) as executor:
+        merge_shared(call_of(base, [adapter], tmp_path / "whole"), executor, progress=written.append)
+        written = [sum(written)]
+        merge_shared(call_of(base, [adapter], tmp_path / "apart"), executor, progress=begin_again)
+    assert held
+    assert written == [0]
+    assert hashes(tmp_path / "apart") == hashes(tmp_path / "whole")
 
 
 @pytest.mark.usefixtures("fine")
